@@ -1,0 +1,52 @@
+"""Taylor linear attention: the public op. Kernels where they can run, chunked torch elsewhere."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from based_mp.ops.reference import TaylorState, taylor_chunked, taylor_step
+
+__all__ = ["TaylorState", "taylor_linear_attention", "taylor_linear_attention_step"]
+
+
+def taylor_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, initial_state: TaylorState | None = None,
+    return_state: bool = False, cu_seqlens: Tensor | None = None, decay: Tensor | None = None,
+) -> Tensor | tuple[Tensor, TaylorState]:
+    """Causal linear attention with weights 1 + s + s²/2, s = scale·q·k, normalised (Arora et al. 2024, section 4.1).
+
+    q, k: [batch, seq, heads, feature_dim]; v: [batch, seq, heads, head_dim]; any strides with a contiguous last
+    dimension; bf16, fp16, fp32 or fp64; sums in fp32 (fp64 for fp64 inputs).
+    scale: default feature_dim^-½.
+    initial_state: `TaylorState` carried in from earlier tokens (one row a batch entry, or a document).
+    cu_seqlens: int32 [docs + 1] with batch 1: token boundaries of packed documents, state reset at each.
+    decay: fp32 [heads], log decay per token (≤ 0).
+    Returns o [batch, seq, heads, head_dim] in v's dtype, and the final state when `return_state`.
+    Raises ValueError for shapes that do not fit together.
+    """
+    _check(q, k, v, initial_state, cu_seqlens, decay)
+    o, state = taylor_chunked(q, k, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, decay=decay)
+    return (o, state) if return_state else o
+
+
+def taylor_linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *,
+                                 scale: float | None = None, decay: Tensor | None = None) -> Tensor:
+    """One decoded token; `state` is updated in place. q, k [b, h, f], v [b, h, d] → o [b, h, d]."""
+    o, new = taylor_step(q, k, v, state, scale=scale, decay=decay)
+    state.kv.copy_(new.kv)
+    state.z.copy_(new.z)
+    return o
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: TaylorState | None, cu_seqlens: Tensor | None,
+           decay: Tensor | None) -> None:
+    if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:3] != v.shape[:3]:
+        raise ValueError("expected q, k [batch, seq, heads, feature_dim] and v [batch, seq, heads, head_dim], got "
+                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs batch 1 (packed documents), got batch {q.shape[0]}")
+    if decay is not None and decay.shape != (q.shape[2],):
+        raise ValueError(f"decay must be [heads] = [{q.shape[2]}], got {tuple(decay.shape)}")
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is not None and initial_state.kv.shape[0] != rows:
+        raise ValueError(f"initial_state has {initial_state.kv.shape[0]} rows for {rows} sequences")

@@ -1,0 +1,84 @@
+"""Causal softmax attention, with or without a sliding window, and RoPE (Su et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rope(x: Tensor, positions: Tensor, *, base: float = 10000.0, fraction: float = 1.0) -> Tensor:
+    """Rotate the first fraction·head_dim dimensions (half-split layout).
+
+    x: [batch, seq, heads, head_dim]; positions: int [batch or 1, seq]. Angles in fp32. Returns x's dtype.
+    """
+    rotary = int(x.shape[-1] * fraction) // 2 * 2
+    half = rotary // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[..., None].float() * frequency                                  # [batch, seq, half]
+    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    a, b = x[..., :half].to(acc), x[..., half:rotary].to(acc)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., rotary:]], -1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None,
+                     cu_seqlens: Tensor | None = None) -> Tensor:
+    """softmax(q·k/√head_dim) v over the last `window` positions, the own one included (None: all before it).
+
+    q, k, v: [batch, seq, heads, head_dim]. cu_seqlens: int32 [docs + 1] with batch 1, attention stays inside a
+    document. Memory O(seq·window) with a window. Returns [batch, seq, heads, head_dim].
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _flash(q, k, v, window, cu_seqlens)
+    doc = None
+    if cu_seqlens is not None:
+        position = torch.arange(q.shape[1], device=q.device)
+        doc = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    if window is None or window >= q.shape[1]:
+        return _full(q, k, v, doc)
+    return _blocked(q, k, v, window, doc)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
+    """torch's built-in flash kernel over packed sequences; a batch is a pack of equal lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+    b, s = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
+    flat = [x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)]
+    left = -1 if window is None else window - 1
+    o = varlen_attn(*flat, cu_seqlens, cu_seqlens, s, s, window_size=(left, 0))
+    return o.view_as(q)
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if doc is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    same = (doc[:, None] == doc).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=same).transpose(1, 2)
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int, doc: Tensor | None) -> Tensor:
+    """Blocks of `window` queries, each against its own block of keys and the one before."""
+    b, s, h, d = q.shape
+    blocks = -(-s // window)
+    pad = blocks * window - s
+
+    def cut(x: Tensor) -> Tensor:                                                      # [b, blocks, h, window, d]
+        return F.pad(x, (0, 0, 0, 0, 0, pad)).view(b, blocks, window, h, d).transpose(2, 3)
+
+    def with_previous(x: Tensor) -> Tensor:                                            # [b, blocks, h, 2·window, d]
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], 3)
+
+    query = torch.arange(blocks * window, device=q.device).view(blocks, window)
+    key = torch.cat([query - window, query], 1)
+    distance = query[:, :, None] - key[:, None, :]
+    seen = (distance >= 0) & (distance < window) & (key >= 0)[:, None, :]
+    if doc is not None:
+        doc = F.pad(doc, (0, pad), value=-1)
+        seen &= doc[query][:, :, None] == doc[key.clamp(min=0)][:, None, :]
+    o = F.scaled_dot_product_attention(cut(q), with_previous(cut(k)), with_previous(cut(v)),
+                                       attn_mask=seen[None, :, None])
+    return o.transpose(2, 3).reshape(b, blocks * window, h, d)[:, :s]
