@@ -1,0 +1,76 @@
+"""Taylor linear attention mixer (Arora et al. 2024, section 4.1), tensor parallel over heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from based_mp.model.mixer import Mixer
+from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention
+from based_mp.ops.reference import init_taylor_state, taylor_denominator
+
+
+class LinearAttention(Mixer):
+    """q, k: d_model → heads·feature_dim; v: d_model → heads·head_dim; out: heads·head_dim → d_model; no biases.
+
+    The rows of `linear_in.weight` are [head][q | k | v], heads outermost, so that tensor parallelism cuts between
+    heads.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: None = None, *, feature_dim: int,
+                 decay_exponent: int | None = None, **kwargs: Any) -> None:
+        self.feature_dim, self.head_dim = feature_dim, config.kv_channels
+        heads = config.num_attention_heads
+        super().__init__(config, submodules, width=heads * (2 * feature_dim + self.head_dim),
+                         out_width=heads * self.head_dim, **kwargs)
+        self.heads = heads // self.tp_size
+        self.decay = self._log_decay(decay_exponent)
+        self.collect_diagnostics = False
+        self.diagnostics: dict[str, float] = {}
+
+    def _log_decay(self, exponent: int | None) -> list[float] | None:
+        """log(1 − 2^(c − h)) of this rank's heads h (spec: the decayed variant of the 1.3b run)."""
+        if exponent is None:
+            return None
+        first = self.tp_rank * self.heads
+        return [math.log1p(-(2.0 ** (exponent - h))) for h in range(first, first + self.heads)]
+
+    def _decay(self, x: Tensor) -> Tensor | None:
+        return None if self.decay is None else torch.tensor(self.decay, device=x.device)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, width] → q, k [b, s, h, f], v [b, s, h, d]."""
+        f = self.feature_dim
+        heads = x.unflatten(-1, (self.heads, 2 * f + self.head_dim)).transpose(0, 1)
+        return heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :]
+
+    def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        q, k, v = self._split(x)
+        if self.collect_diagnostics:
+            self._diagnose(q, k, v, cu_seqlens)
+        o = taylor_linear_attention(q, k, v, cu_seqlens=cu_seqlens, decay=self._decay(x))
+        return o.transpose(0, 1).flatten(2)
+
+    @torch.no_grad()
+    def _diagnose(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Minimum denominator and final state norm (Frobenius, over batch and this rank's heads)."""
+        decay = self._decay(q)
+        denominator = taylor_denominator(q, k, cu_seqlens=cu_seqlens, decay=decay)
+        _, state = taylor_linear_attention(q, k, v, cu_seqlens=cu_seqlens, decay=decay, return_state=True)
+        self.diagnostics = {"min_denominator": denominator.min().item(), "state_norm": state.kv.norm().item()}
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> TaylorState:
+        """fp32 whatever the model's dtype: a bf16 state is wrong after 256 tokens."""
+        return init_taylor_state(batch, self.heads, self.feature_dim, self.head_dim, device)
+
+    def extend_mix(self, x: Tensor, state: TaylorState, cu_seqlens: Tensor | None) -> Tensor:
+        q, k, v = self._split(x)
+        o, new = taylor_linear_attention(q, k, v, initial_state=state, return_state=True, cu_seqlens=cu_seqlens,
+                                         decay=self._decay(x))
+        state.kv.copy_(new.kv)
+        state.z.copy_(new.z)
+        return o.transpose(0, 1).flatten(2)
