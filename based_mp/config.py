@@ -1,0 +1,380 @@
+"""The configuration: one strict tree of pydantic models, read from YAML plus `a.b=value` overrides.
+
+An unknown key, a wrong type or a combination that cannot work is one `UserError` before any process group exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from based_mp.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """Architecture (Arora et al. 2024, section 5 and appendix)."""
+
+    d_model: Positive = Field(description="width of the residual stream")
+    num_layers: Positive = Field(description="layers, each a mixer and an MLP")
+    num_heads: Positive = Field(description="heads of every attention mixer; head_dim = d_model / num_heads")
+    vocab_size: Positive = Field(50257, description="tokens of the tokenizer")
+    pad_vocab_to_multiple_of: Positive = Field(128, description="embedding rows are rounded up to a multiple of this")
+    linear_attention_layers: list[int] = Field([], description="0-based layers with Taylor linear attention")
+    sliding_attention_layers: list[int] = Field([], description="0-based layers with sliding-window attention")
+    other_layers: Literal["gated_conv", "softmax_attention"] = Field(
+        "gated_conv", description="mixer of all other layers: gated_conv or (full) softmax_attention")
+    feature_dim: Positive = Field(16, description="query/key width d' of linear attention")
+    window: Positive = Field(256, description="tokens a sliding-window position sees, its own included")
+    decay_exponent: int | None = Field(
+        None, description="c in the per-head log decay log(1 − 2^(c−h)) of linear attention; null: no decay")
+    ffn_hidden_size: int | None = Field(
+        None, description="SwiGLU width; null: 2·d_model rounded up to a multiple of 256")
+    conv_kernel: Annotated[int, Field(ge=2)] = Field(3, description="width of the short convolution")
+    rotary_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="part of head_dim that RoPE rotates in softmax mixers")
+    rotary_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the RoPE frequencies")
+    tie_embeddings: bool = Field(True, description="the LM head shares the embedding's weight")
+    fp32_residual: bool = Field(False, description="keep the residual stream in fp32 under bf16")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of RMSNorm")
+    init_std: Annotated[float, Field(gt=0)] = Field(
+        0.02, description="std of the initial weights; output projections are divided by √(2·num_layers)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """The MLP's hidden width."""
+        return self.ffn_hidden_size or -(-2 * self.d_model // 256) * 256
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding; the same at every tensor-parallel size, so that checkpoints reshard."""
+        multiple = self.pad_vocab_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def mixers(self) -> list[str]:
+        """The mixer of every layer."""
+        kinds = [str(self.other_layers)] * self.num_layers
+        for layer in self.linear_attention_layers:
+            kinds[layer] = "linear_attention"
+        for layer in self.sliding_attention_layers:
+            kinds[layer] = "sliding_attention"
+        return kinds
+
+    @model_validator(mode="after")
+    def _layers_and_heads(self) -> ModelConfig:
+        if self.d_model % self.num_heads:
+            raise ValueError(f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}")
+        listed = self.linear_attention_layers + self.sliding_attention_layers
+        outside = [layer for layer in listed if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(f"layers {outside} do not exist: model.num_layers={self.num_layers}, counted from 0")
+        twice = sorted({layer for layer in listed if listed.count(layer) > 1})
+        if twice:
+            raise ValueError(f"layers {twice} are listed twice in model.linear_attention_layers and "
+                             "model.sliding_attention_layers: give each layer one mixer")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model and the optimizer are spread; data parallelism takes the processes left over."""
+
+    tensor_parallel_size: Positive = Field(1, description="processes that share one copy of every layer")
+    sequence_parallel: bool = Field(False, description="split norms and residuals over the tensor-parallel group")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too")
+
+
+class Corpus(Section):
+    """One indexed dataset."""
+
+    path: str = Field(description="prefix of the .bin/.idx pair")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share in the blend; normalised over the list")
+    name: str | None = Field(None, description="name in logs; null: the last part of the path")
+
+
+class TokenizerConfig(Section):
+    """The tokenizer of samples and generation; training itself reads token ids."""
+
+    type: Literal["sentencepiece", "gpt2", "hf"] = Field(description="sentencepiece, gpt2 or hf (tokenizers JSON)")
+    model: str | None = Field(None, description="SentencePiece .model or tokenizers .json file")
+    vocab_file: str | None = Field(None, description="gpt2: vocab.json")
+    merge_file: str | None = Field(None, description="gpt2: merges.txt")
+    eod_token: str | None = Field(None, description="end-of-document token; null: the tokenizer's own")
+
+
+class DataConfig(Section):
+    """Indexed datasets, blended by weight."""
+
+    train: list[Corpus] = Field(description="training corpora")
+    valid: list[Corpus] = Field([], description="validation corpora, reported one by one and together")
+    test: list[Corpus] = Field([], description="test corpora, evaluated once at the end")
+    split: str | None = Field(
+        None, description='"train,valid,test" shares cut from data.train, such as "98,1,1"; then valid, test are []')
+    cache_dir: str | None = Field(None, description="folder of the sample indices; null: beside the first corpus")
+    num_workers: NonNegative = Field(2, description="loader processes a rank")
+    seed: int = Field(1234, description="of the shuffle")
+    eod_mask_loss: bool = Field(False, description="no loss on predicting the token after an end of document")
+    reset_state_at_documents: bool = Field(False, description="mixers do not look across document boundaries")
+    tokenizer: TokenizerConfig | None = Field(None, description="needed for sample text; stored in checkpoints")
+
+    @model_validator(mode="after")
+    def _split_or_lists(self) -> DataConfig:
+        if not self.train:
+            raise ValueError("data.train is empty: give at least one corpus (path of a .bin/.idx pair)")
+        if self.split is not None:
+            parts = self.split.split(",")
+            if len(parts) != 3 or not all(re.fullmatch(r"\s*\d+(\.\d+)?\s*", p) for p in parts):
+                raise ValueError(f'data.split={self.split!r} must be three shares such as "98,1,1"')
+            if self.valid or self.test:
+                raise ValueError("data.split cuts validation and test from data.train: remove data.valid and "
+                                 "data.test, or set data.split to null")
+        return self
+
+
+class TrainingConfig(Section):
+    """Batch, length and arithmetic."""
+
+    seq_length: Positive = Field(2048, description="tokens of a sequence")
+    micro_batch_size: Positive = Field(8, description="sequences a data-parallel rank runs at once")
+    global_batch_size: Positive = Field(256, description="sequences an optimizer step sees over all ranks")
+    steps: Positive = Field(20000, description="optimizer steps")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (with fp32 master weights) or fp32")
+    seed: int = Field(1234, description="of the initial weights")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations done again in backward: selective = MLPs and mixing, full = whole layers")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
+
+
+class OptimizerConfig(Section):
+    """AdamW, linear warm-up, cosine decay (spec: training of all systems)."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(8e-4, description="peak learning rate")
+    min_lr: Annotated[float, Field(ge=0)] = Field(8e-5, description="learning rate at the end of the cosine")
+    warmup_steps: NonNegative = Field(200, description="steps of linear warm-up")
+    warmup_start_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="learning rate of the first step")
+    decay_steps: int | None = Field(None, description="step at which min_lr is reached; null: training.steps")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW beta2")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices; none on biases and norms")
+    clip_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global gradient norm is clipped to this")
+
+
+class ValidationConfig(Section):
+    """Validation while training."""
+
+    interval: NonNegative = Field(1000, description="steps between validations; 0: never")
+    batches: Positive = Field(10, description="global batches a corpus and validation")
+
+
+class LoggingConfig(Section):
+    """What a person sees."""
+
+    log_interval: Positive = Field(10, description="steps between log lines")
+    tensorboard_dir: str | None = Field(None, description="folder of TensorBoard events; null: none written")
+    sample_interval: NonNegative = Field(0, description="steps between text samples; 0: never")
+    sample_prompt: str = Field("The", description="prompt of the text samples")
+    sample_tokens: Positive = Field(64, description="tokens of a text sample")
+    peak_tflops: Annotated[float, Field(gt=0)] = Field(
+        800.0, description="TFLOP/s of one device that MFU is measured against")
+
+
+class CheckpointConfig(Section):
+    """Where training state goes."""
+
+    dir: str | None = Field(None, description="folder of the checkpoints; null: none written")
+    interval: NonNegative = Field(1000, description="steps between checkpoints; 0: only at the end and on SIGTERM")
+    keep_last: Positive = Field(3, description="newest checkpoints kept")
+    resume: bool = Field(True, description="go on from the newest checkpoint in dir")
+
+
+class Config(Section):
+    """Everything `launch/pretrain.py` needs."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        model, tp = self.model, self.parallel.tensor_parallel_size
+        for name, value in [("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_size),
+                            ("d_model", model.d_model), ("padded vocabulary", model.padded_vocab_size)]:
+            if value % tp:
+                raise ValueError(f"model.{name}={value} is not divisible by parallel.tensor_parallel_size={tp}: "
+                                 "change one of them")
+        if self.parallel.sequence_parallel and self.training.seq_length % tp:
+            raise ValueError(f"training.seq_length={self.training.seq_length} is not divisible by "
+                             f"parallel.tensor_parallel_size={tp}, which sequence_parallel needs")
+        if tp > 1 and self.parallel.zero_stage == 0 and self.training.precision == "bf16":
+            raise ValueError("bf16 with zero_stage 0 and tensor parallelism computes a wrong gradient norm in "
+                             "DeepSpeed: set parallel.zero_stage=1")
+        if self.parallel.sequence_parallel and tp == 1:
+            raise ValueError("parallel.sequence_parallel needs parallel.tensor_parallel_size > 1: set it to false")
+        if self.training.global_batch_size % self.training.micro_batch_size:
+            raise ValueError(f"training.global_batch_size={self.training.global_batch_size} is not divisible by "
+                             f"training.micro_batch_size={self.training.micro_batch_size}")
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError("optimizer.min_lr is above optimizer.lr")
+        if self.logging.sample_interval and self.data.tokenizer is None:
+            raise ValueError("logging.sample_interval needs data.tokenizer to write text: give it, or set 0")
+        return self
+
+    @property
+    def decay_steps(self) -> int:
+        return self.optimizer.decay_steps or self.training.steps
+
+    def check_world(self, world_size: int) -> tuple[int, int]:
+        """(data-parallel size, micro-batches a step) for this many processes; UserError where they do not fit."""
+        tp = self.parallel.tensor_parallel_size
+        if world_size % tp:
+            raise UserError(f"{world_size} processes are not a multiple of parallel.tensor_parallel_size={tp}")
+        dp = world_size // tp
+        rows = self.training.micro_batch_size * dp
+        if self.training.global_batch_size % rows:
+            raise UserError(
+                f"training.global_batch_size={self.training.global_batch_size} is not divisible by "
+                f"micro_batch_size × data parallel = {self.training.micro_batch_size} × {dp}: change one of them")
+        return dp, self.training.global_batch_size // rows
+
+    def to_yaml(self) -> str:
+        """The whole tree, defaults included, as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 8e-4 as a string; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?)$"),
+    list("-+0123456789."))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as model: and data:, found {type(tree).__name__}")
+    for item in overrides or []:
+        _override(tree, item)
+    try:
+        return Config.model_validate(_ints_to_floats(tree, Config))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_sentence(error)}") from error
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {item!r} must have the form section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {item!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    node: Any = tree
+    for name in parents:
+        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict):
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        else:
+            raise UserError(f"override {item!r}: {name!r} has no keys below it")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {item!r}: there is no {last!r} in {'.'.join(parents)}")
+
+
+def _ints_to_floats(value: Any, kind: Any) -> Any:
+    """`lr: 1` is a fine float, though strict mode would refuse the int."""
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = kind.model_fields
+        return {k: _ints_to_floats(v, _plain(fields[k].annotation)) if k in fields else v for k, v in value.items()}
+    if isinstance(value, list) and kind is Corpus:
+        return [_ints_to_floats(v, Corpus) for v in value]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _plain(annotation: Any) -> Any:
+    """The type inside Annotated[…], list[…] and … | None."""
+    arguments = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
+    if annotation in (int, float, str, bool) or not arguments:
+        return annotation
+    return _plain(arguments[0])
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, [name for name, _ in _keys()], n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f": did you mean {close[0]}?" if close else "")
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _keys(kind: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, field in kind.model_fields.items():
+        inner = _plain(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            index = "[]" if "list" in str(field.annotation) else ""
+            if field.description:
+                found.append((prefix + name, field))
+            found += _keys(inner, f"{prefix}{name}{index}.")
+        else:
+            found.append((prefix + name, field))
+    return found
+
+
+def help_text() -> str:
+    """Every key with its default and meaning, a line each."""
+    lines = ["Keys of the configuration (YAML file; override on the command line with section.key=value):"]
+    for name, field in _keys():
+        if field.is_required():
+            default = "required"
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = "default null" if value is None else f"default {value}"
+        lines.append(f"  {name:36} {field.description} ({default})")
+    return "\n".join(lines)
