@@ -1,0 +1,101 @@
+"""Parameters, FLOPs per token and bytes per GPU of a configuration, by arithmetic alone (no GPU, no processes)."""
+
+from __future__ import annotations
+
+from based_mp.config import Config, ModelConfig
+from based_mp.ops.reference import taylor_feature_dim
+
+GIB = 2**30
+
+
+def parameter_counts(model: ModelConfig) -> dict[str, int]:
+    """Parameters by part; the vocabulary counts with its padding."""
+    d, head, f = model.d_model, model.num_heads * model.head_dim, model.num_heads * model.feature_dim
+    mixer = {
+        "linear_attention": d * (2 * f + head) + head * d,
+        "sliding_attention": 4 * d * head,
+        "softmax_attention": 4 * d * head,
+        "gated_conv": d * 4 * d + 4 * d + 2 * d * model.conv_kernel + 2 * d * d + d,
+    }
+    counts = {"embedding": model.padded_vocab_size * d}
+    if not model.tie_embeddings:
+        counts["head"] = model.padded_vocab_size * d
+    for kind in sorted(set(model.mixers)):
+        counts[kind] = model.mixers.count(kind) * mixer[kind]
+    counts["mlp"] = model.num_layers * 3 * d * model.ffn_size
+    counts["norms"] = (2 * model.num_layers + 1) * d
+    return counts
+
+
+def mixing_flops(model: ModelConfig, seq_length: int) -> float:
+    """Forward FLOPs a token of the mixers beside their projections, averaged over a sequence.
+
+    Linear attention: state update and read-out, 4·D·(head_dim + 1) a head, D the distinct Taylor features. Softmax:
+    4·head_dim a visible key. Convolution: 2·kernel a channel. Elementwise work is not counted.
+    """
+    n, w = seq_length, min(model.window, seq_length)
+    keys = {"softmax_attention": (n + 1) / 2, "sliding_attention": w - w * (w - 1) / (2 * n)}
+    total = 0.0
+    for kind in model.mixers:
+        if kind == "linear_attention":
+            total += model.num_heads * 4 * taylor_feature_dim(model.feature_dim) * (model.head_dim + 1)
+        elif kind == "gated_conv":
+            total += 2 * model.conv_kernel * 2 * model.d_model
+        else:
+            total += model.num_heads * 4 * model.head_dim * keys[kind]
+    return total
+
+
+def flops_per_token(config: Config) -> float:
+    """Training FLOPs a token: 3 × forward (backward is twice forward).
+
+    Forward: 2 a matrix parameter (the LM head counts, the embedding look-up does not) plus `mixing_flops`.
+    Recomputation is not counted: MFU measures useful work.
+    """
+    counts = parameter_counts(config.model)
+    matrices = sum(v for k, v in counts.items() if k not in ("norms", "head"))   # tied: the embedding is the head
+    return 3 * (2 * matrices + mixing_flops(config.model, config.training.seq_length))
+
+
+def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
+    """Bytes a GPU by part. Weights, gradients and optimizer state are exact up to padding; activations are estimated
+    as the tensors autograd keeps, about (24·d_model + 6·ffn + mixer) values a token and layer."""
+    dp, _ = config.check_world(world_size)
+    model, tp, stage = config.model, config.parallel.tensor_parallel_size, config.parallel.zero_stage
+    params = sum(parameter_counts(model).values()) / tp
+    width = 2 if config.training.precision == "bf16" else 4
+    parts = {
+        "weights": params * width / (dp if stage == 3 else 1),
+        "gradients": params * 4 / (dp if stage >= 2 else 1),
+        "optimizer": params * (12 if width == 2 else 8) / (dp if stage >= 1 else 1),
+    }
+    tokens = config.training.micro_batch_size * config.training.seq_length
+    layer = (24 * model.d_model + 6 * model.ffn_size) * width / tp
+    kept = {"none": 1.0, "selective": 0.5, "full": 0.0}[config.training.recompute]
+    parts["activations"] = tokens * (model.num_layers * (layer * kept + model.d_model * width) + layer)
+    parts["logits"] = tokens * model.padded_vocab_size / tp * (width + 4)
+    return parts
+
+
+def estimate_text(config: Config, world_size: int, tokens: float = 10e9, mfu: float = 0.4) -> str:
+    """What `launch/pretrain.py --dry-run` prints."""
+    counts = parameter_counts(config.model)
+    total, flops = sum(counts.values()), flops_per_token(config)
+    dp, accumulation = config.check_world(world_size)
+    training = config.training
+    lines = [f"parameters        {total:,}"]
+    lines += [f"  {name:16}{value:,}" for name, value in counts.items()]
+    lines += [f"FLOPs per token   {flops:,.0f}  (3 × (2 × matrix parameters + mixing))"]
+    memory = memory_per_gpu(config, world_size)
+    lines += [f"bytes per GPU     {sum(memory.values()) / GIB:.2f} GiB  (tensor parallel "
+              f"{config.parallel.tensor_parallel_size}, data parallel {dp}, ZeRO {config.parallel.zero_stage})"]
+    lines += [f"  {name:16}{value / GIB:.2f} GiB" for name, value in memory.items()]
+    batch_tokens = training.global_batch_size * training.seq_length
+    lines += [f"batch             {training.micro_batch_size} sequences × {accumulation} micro-batches × {dp} ranks = "
+              f"{training.global_batch_size} sequences = {batch_tokens:,} tokens",
+              f"run               {training.steps:,} steps = {training.steps * batch_tokens / 1e9:.3f}B tokens"]
+    rate = mfu * config.logging.peak_tflops * 1e12 / flops
+    hours = tokens / (rate * world_size) / 3600
+    lines += [f"time              {tokens / 1e9:g}B tokens in {hours:,.1f} h on {world_size} GPUs at MFU {mfu:.0%} of "
+              f"{config.logging.peak_tflops:g} TFLOP/s ({rate:,.0f} tokens/s a GPU)"]
+    return "\n".join(lines)

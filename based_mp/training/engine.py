@@ -1,0 +1,113 @@
+"""The DeepSpeed engine around the Megatron-core model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from based_mp.config import Config
+from based_mp.model.based_model import build_model
+from based_mp.parallel.mpu import MPU
+from based_mp.parallel.state import Ranks
+
+
+def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -> dict[str, Any]:
+    """The JSON that DeepSpeed reads, derived from ours: there is no second file to keep in step."""
+    _, accumulation = config.check_world(ranks.world_size)
+    settings: dict[str, Any] = {
+        "train_batch_size": config.training.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": ranks.device.type == "cuda"},
+    }
+    if config.training.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
+    return settings
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms (one dimension) do not."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    dims = [len(getattr(p, "ds_shape", p.shape)) for p in named]        # ZeRO-3 leaves empty shards behind
+    return [{"params": [p for p, n in zip(named, dims, strict=True) if n > 1], "weight_decay": weight_decay},
+            {"params": [p for p, n in zip(named, dims, strict=True) if n <= 1], "weight_decay": 0.0}]
+
+
+def universal_checkpoint_info(model: torch.nn.Module) -> dict[str, Any]:
+    """How DeepSpeed's universal checkpoints merge tensor-parallel slices, from the parameters' own attributes."""
+    info: dict[str, Any] = {
+        "universal_checkpoint_version": 0.2, "tp_replicated_parameter_patterns": [],
+        "parameter_with_row_parallelism_patterns": [], "parameter_with_2_sub_params_cat_dim_0": []}
+    for name, parameter in model.named_parameters():
+        kind = None
+        if not getattr(parameter, "tensor_model_parallel", False):
+            kind = "tp_replicated_parameter_patterns"
+        elif parameter.partition_stride == 2:
+            kind = "parameter_with_2_sub_params_cat_dim_0"
+        elif parameter.partition_dim == 1:
+            kind = "parameter_with_row_parallelism_patterns"
+        if kind:
+            info[kind].append(re.escape(name) + "$")
+    return info
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed without its notices, and on the CPU without the compilation of an op that training does not use."""
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def build_engine(config: Config, ranks: Ranks, *, universal: bool = False) -> Any:
+    """The DeepSpeed engine of `config`; `universal`: its next load reads a universal checkpoint."""
+    deepspeed = import_deepspeed(ranks.device)
+    settings = deepspeed_config(config, ranks, universal=universal)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    mpu = MPU()
+    sharded_init = contextlib.nullcontext()
+    if config.parallel.zero_stage == 3:
+        sharded_init = deepspeed.zero.Init(data_parallel_group=mpu.get_data_parallel_group(),
+                                           config_dict_or_path=settings, mpu=mpu)
+    with sharded_init:
+        model = build_model(config)
+    model.universal_checkpoint_info = universal_checkpoint_info(model)
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2),
+                                  eps=o.eps, fused=ranks.device.type == "cuda" or None)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def replicas_unequal(model: torch.nn.Module, tp_size: int) -> int:
+    """Parameters that differ between ranks where they must be bit-equal (a check; gathers everything)."""
+    bad = 0
+    for parameter in model.parameters():
+        copies = [torch.empty_like(parameter.data) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, parameter.data.contiguous())
+        stride = tp_size if getattr(parameter, "tensor_model_parallel", False) else 1
+        bad += any(not torch.equal(copy, copies[rank % stride]) for rank, copy in enumerate(copies))
+    return bad
