@@ -58,13 +58,13 @@ class Metrics:
                  f"grad norm {grad_norm:6.3f} | {rate:>9,.0f} tok/s/rank | MFU {mfu:6.2%} | "
                  f"mem {memory:5.2f} GiB | ETA {_duration(eta)}")
 
-    def log_validation(self, step: int, losses: dict[str, float], mean: float) -> None:
+    def log_validation(self, step: int, losses: dict[str, float], mean: float, split: str = "valid") -> None:
         """Loss and perplexity of every corpus and of all together (weighted)."""
         for name, loss in losses.items():
-            self.scalars(step, {f"valid_{name}/loss": loss, f"valid_{name}/perplexity": math.exp(min(loss, 50))})
-        self.scalars(step, {"valid/loss": mean, "valid/perplexity": math.exp(min(mean, 50))})
+            self.scalars(step, {f"{split}_{name}/loss": loss, f"{split}_{name}/perplexity": math.exp(min(loss, 50))})
+        self.scalars(step, {f"{split}/loss": mean, f"{split}/perplexity": math.exp(min(mean, 50))})
         parts = ", ".join(f"{name} {math.exp(min(loss, 50)):.2f}" for name, loss in losses.items())
-        self.say(f"validation at step {step}: loss {mean:.4f}, perplexity {math.exp(min(mean, 50)):.2f} ({parts})")
+        self.say(f"{split} at step {step}: loss {mean:.4f}, perplexity {math.exp(min(mean, 50)):.2f} ({parts})")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self.writer is not None:

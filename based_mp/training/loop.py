@@ -1,0 +1,186 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from based_mp.config import Config
+from based_mp.data.datasets import Datasets, batches, build_datasets, check_corpora, prepare_cache
+from based_mp.errors import UserError
+from based_mp.model.based_model import token_losses
+from based_mp.model.linear_attention import LinearAttention
+from based_mp.parallel.state import Ranks
+from based_mp.training import checkpoint as ckpt
+from based_mp.training.engine import build_engine, set_learning_rate
+from based_mp.training.health import StopSignal, check_loss
+from based_mp.training.metrics import Metrics
+from based_mp.training.schedule import learning_rate
+
+
+class Trainer:
+    """One run: engine, data and what is written of it."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.eod = check_corpora(config)
+        _, self.accumulation = config.check_world(ranks.world_size)
+        prepare_cache(config, ranks)
+        self.data: Datasets = build_datasets(config, self.eod)
+        self.engine, self.step = self._engine_at_checkpoint()
+        self.saved_at = self.step if self.step else None
+        self.metrics = Metrics(config, ranks, self.step)
+        self.stop = StopSignal(ranks.device)
+
+    def _engine_at_checkpoint(self) -> tuple[Any, int]:
+        config, ranks = self.config, self.ranks
+        found = None
+        if config.checkpoint.dir and config.checkpoint.resume:
+            found = ckpt.newest(config.checkpoint.dir)
+        if found is None:
+            return build_engine(config, ranks), 0
+        meta = ckpt.read_meta(found)
+        ckpt.check_compatible(meta, found, config, ranks)
+        engine = build_engine(config, ranks, universal=meta["universal"])
+        step = ckpt.load(engine, found, config, ranks)
+        if ranks.rank == 0:
+            print(f"resuming from {found} at step {step}", flush=True)
+        return engine, step
+
+    def run(self, stop_after: int | None = None) -> None:
+        """Train to training.steps, or (as a time limit would) to step `stop_after`; validate, save and log."""
+        config = self.config
+        last = min(config.training.steps, stop_after or config.training.steps)
+        stream = batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last)
+        losses: list[Tensor] = []
+        asked = False
+        while self.step < last and not asked:
+            lr = learning_rate(self.step, config)
+            losses.append(self._train_step(stream, lr))
+            self.step += 1
+            if self._due(config.logging.log_interval) or self.step == last:
+                self._log(losses, lr)
+                losses = []
+            asked = self.stop.agreed()
+            if not asked:
+                self._periodic()
+        if asked:
+            self.metrics.say(f"asked to stop: saving after step {self.step}")
+        self._save()
+        if self.step == config.training.steps and self.data.test:
+            self._evaluate("test", self.data.test)
+        self.metrics.close()
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def _periodic(self) -> None:
+        config = self.config
+        with self.metrics.pause():
+            if self._due(config.validation.interval) and self.data.valid:
+                self._evaluate("valid", self.data.valid)
+            if self._due(config.logging.sample_interval):
+                self._sample()
+            if self._due(config.checkpoint.interval):
+                self._save()
+
+    def _train_step(self, stream: Iterator[dict[str, Tensor]], lr: float) -> Tensor:
+        """One optimizer step; the mean loss over the tokens that count in the global batch (this rank's part)."""
+        set_learning_rate(self.engine, lr)
+        micro_batches = list(islice(stream, self.accumulation))
+        counted = self._tokens_in_step(micro_batches)
+        total = torch.zeros((), device=self.ranks.device)
+        for batch in micro_batches:
+            # DeepSpeed divides by the accumulation and averages over ranks: undo both, divide by the true count.
+            share = (token_losses(self.engine, batch) * batch["loss_mask"]).sum() / counted
+            self.engine.backward(share * (self.accumulation * self.ranks.dp_size))
+            if self.engine.is_gradient_accumulation_boundary():
+                self.grad_norm = self._stage_zero_norm()
+            self.engine.step()
+            total += share.detach()
+        if self.grad_norm is None:
+            self.grad_norm = self.engine.get_global_grad_norm()
+        return total
+
+    def _tokens_in_step(self, micro_batches: list[dict[str, Tensor]]) -> Tensor | float:
+        if not self.config.data.eod_mask_loss:
+            return float(self.config.training.global_batch_size * self.config.training.seq_length)
+        counted = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
+        dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+        return counted.clamp(min=1)
+
+    def _stage_zero_norm(self) -> Tensor | None:
+        """Without ZeRO DeepSpeed reports no norm: replicated parameters count once, sharded ones over TP."""
+        if self.config.parallel.zero_stage != 0 or self.config.training.precision != "fp32":
+            return None
+        squares = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
+        for parameter in self.engine.module.parameters():
+            if parameter.grad is not None:
+                squares[int(getattr(parameter, "tensor_model_parallel", False))] += parameter.grad.double().pow(2).sum()
+        dist.all_reduce(squares[1:], group=parallel_state.get_tensor_model_parallel_group())
+        return squares.sum().sqrt()
+
+    def _log(self, losses: list[Tensor], lr: float) -> None:
+        mean = torch.stack(losses)
+        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
+        check_loss(mean.mean().item(), self.step, self.config.checkpoint.dir if self.saved_at else None)
+        self.metrics.log_step(self.step, mean.mean().item(), lr, float(self.grad_norm))
+
+    @torch.no_grad()
+    def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> None:
+        """Loss of every corpus over validation.batches global batches; linear-attention health on the way."""
+        self.engine.eval()
+        mixers = [(i, layer.self_attention) for i, layer in enumerate(self.engine.module.decoder.layers)
+                  if isinstance(layer.self_attention, LinearAttention)]
+        results: dict[str, float] = {}
+        for corpus, (dataset, _) in corpora.items():
+            steps = min(self.config.validation.batches, len(dataset) // self.config.training.global_batch_size)
+            if steps == 0:
+                raise UserError(f"{name} corpus {corpus} has {len(dataset)} samples, fewer than one global batch of "
+                                f"{self.config.training.global_batch_size}: use a larger corpus or a smaller batch")
+            sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
+            for batch in batches(dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps):
+                for _, mixer in mixers:
+                    mixer.collect_diagnostics = not results and not mixer.diagnostics
+                losses = token_losses(self.engine, batch) * batch["loss_mask"]
+                sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+            results[corpus] = (sums[0] / sums[1].clamp(min=1)).item()
+        weights = {corpus: weight for corpus, (_, weight) in corpora.items()}
+        mean = sum(results[c] * weights[c] for c in results) / sum(weights.values())
+        self.metrics.log_validation(self.step, results, mean, name)
+        for layer, mixer in mixers:
+            self.metrics.scalars(self.step, {f"linear_attention/{key}_layer_{layer}": value
+                                             for key, value in mixer.diagnostics.items()})
+            mixer.collect_diagnostics, mixer.diagnostics = False, {}
+        self.engine.train()
+        gc.collect()
+
+    def _sample(self) -> None:
+        """Text from the model as it stands."""
+        from based_mp.inference.generate import Generator
+        config = self.config
+        if config.parallel.zero_stage == 3 or config.parallel.sequence_parallel:
+            return
+        self.engine.eval()
+        generator = Generator.from_model(self.engine.module, config.data.tokenizer)
+        text = generator.generate([config.logging.sample_prompt], max_new_tokens=config.logging.sample_tokens,
+                                  temperature=0.8, top_p=0.95, seed=self.step)[0].text
+        self.engine.train()
+        self.metrics.text(self.step, "sample", config.logging.sample_prompt + text)
+
+    def _save(self) -> None:
+        config = self.config
+        if config.checkpoint.dir is None or self.saved_at == self.step:
+            return
+        path = ckpt.save(self.engine, config.checkpoint.dir, config, self.ranks, self.step)
+        self.saved_at = self.step
+        self.metrics.say(f"saved {Path(path)}")

@@ -1,0 +1,63 @@
+"""The Megatron indexed dataset format: NAME.bin holds token ids, NAME.idx where each sequence and document begins.
+
+idx, little-endian: b"MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code (4 int32, 8 uint16), uint64 sequences,
+uint64 document boundaries; int32 length and int64 byte offset of every sequence; int64 boundaries (first 0).
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 while every id fits (vocabulary below 65,536), else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65536 else np.int32)
+
+
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """The .idx of sequences that are one document each. lengths: int32 [documents], tokens of each."""
+    offsets = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=offsets[1:])
+    with open(path, "wb") as file:
+        file.write(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(lengths) + 1))
+        file.write(lengths.astype(np.int32).tobytes() + offsets.tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+class IndexedDataset:
+    """Read access. tokens(i): the ids of document i."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        index, data = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
+        for file in (index, data):
+            if not file.is_file():
+                raise UserError(f"{file} is missing: give the prefix of a .bin/.idx pair")
+        raw = index.read_bytes()
+        head = len(MAGIC) + struct.calcsize("<QBQQ")
+        if raw[: len(MAGIC)] != MAGIC or len(raw) < head:
+            raise UserError(f"{index} is not a Megatron index: make it again with data_prep.tokenize")
+        _, code, count, documents = struct.unpack_from("<QBQQ", raw, len(MAGIC))
+        if code not in DTYPES or len(raw) != head + 12 * count + 8 * documents:
+            raise UserError(f"{index} is damaged (its size does not fit its header): make it again")
+        self.dtype = DTYPES[code]
+        self.lengths = np.frombuffer(raw, np.int32, count, head)
+        self.offsets = np.frombuffer(raw, np.int64, count, head + 4 * count)
+        self.boundaries = np.frombuffer(raw, np.int64, documents, head + 12 * count)
+        self.data = np.memmap(data, self.dtype, "r") if data.stat().st_size else np.zeros(0, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, document: int) -> np.ndarray:
+        start = self.offsets[document] // self.dtype.itemsize
+        return np.asarray(self.data[start : start + self.lengths[document]])
