@@ -109,20 +109,21 @@ def _blend(corpora: list[Corpus]) -> tuple[list[str], list[float] | None]:
 
 
 def _build(config: Config, eod: int, corpora: list[Corpus], samples: int) -> Any:
-    settings = _settings(config, eod, blend=_blend(corpora), split="1,0,0")
+    settings = _settings(config, eod, blend_per_split=[_blend(corpora), None, None])
     return BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], _on_this_rank, settings).build()[0]
 
 
 def _split(config: Config, eod: int, train_samples: int, eval_samples: int) -> Datasets:
     data = config.data
     settings = _settings(config, eod, blend=_blend(data.train), split=data.split)
-    train = BlendedMegatronDatasetBuilder(GPTDataset, [train_samples, None, None], _on_this_rank, settings).build()[0]
+    train = BlendedMegatronDatasetBuilder(GPTDataset, [train_samples, eval_samples, eval_samples], _on_this_rank,
+                                          settings).build()[0]
     valid: dict[str, tuple[Any, float]] = {}
     test: dict[str, tuple[Any, float]] = {}
     for corpus in data.train:
         settings = _settings(config, eod, blend=_blend([corpus]), split=data.split)
         _, one_valid, one_test = BlendedMegatronDatasetBuilder(
-            GPTDataset, [None, eval_samples, eval_samples], _on_this_rank, settings).build()
+            GPTDataset, [1, eval_samples, eval_samples], _on_this_rank, settings).build()
         for where, dataset in ((valid, one_valid), (test, one_test)):
             if dataset is not None:
                 where[corpus_name(corpus)] = (dataset, corpus.weight)

@@ -99,7 +99,7 @@ class SoftmaxAttention(Mixer):
             keys = [torch.cat([state.k[i], k[0, r]]) for i, r in enumerate(rows)]
             values = [torch.cat([state.v[i], v[0, r]]) for i, r in enumerate(rows)]
             o = torch.cat([self._attend_cached(q[:, r], keys[i][None], values[i][None], state.length[i : i + 1])
-                           for i, r in enumerate(rows)], 1)
+                           for i, r in enumerate(rows) if r.stop > r.start], 1)
         size = max(t.shape[0] for t in keys)
         self._keep(state, *(torch.stack([F.pad(t, (0, 0, 0, 0, size - t.shape[0], 0)) for t in ts])
                             for ts in (keys, values)), state.length + lengths)

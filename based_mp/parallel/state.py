@@ -83,9 +83,10 @@ def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int
                         f"start a multiple of {tensor_parallel_size}, or change parallel.tensor_parallel_size")
     where = choose_device(device, local_rank)
     _set_environment(rank, world, local_rank, where)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core import parallel_state, tensor_parallel
+    # megatron-core and DeepSpeed announce optional packages that are not used here.
+    for module in ("megatron", "deepspeed", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module.replace(".", r"\.") + r"\b.*")
+    from megatron.core import parallel_state, tensor_parallel
     if where.type == "cpu":
         from based_mp.parallel import cpu_shim
         cpu_shim.enable()

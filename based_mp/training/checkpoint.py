@@ -1,6 +1,6 @@
 """Checkpoints: DeepSpeed shards written under a temporary name, published by one rename, `latest` switched last.
 
-DIR/step_00000100/   DeepSpeed's shards, config.yaml, meta.json (step, samples, layout, every file with its size)
+DIR/step_00000100/   DeepSpeed's shards, config.yaml, the tokenizer's files, meta.json (layout, every file's size)
 DIR/latest           the name of the newest complete checkpoint
 """
 
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from based_mp.config import Config, ModelConfig
+from based_mp.config import Config, ModelConfig, TokenizerConfig
 from based_mp.errors import UserError
 from based_mp.parallel.state import Ranks
 
 LATEST = "latest"
+TOKENIZER = "tokenizer"
 
 
 def step_name(step: int) -> str:
@@ -133,9 +134,17 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 def _describe(folder: Path, config: Config, ranks: Ranks, step: int) -> None:
     (folder / "config.yaml").write_text(config.to_yaml())
+    if config.data.tokenizer is not None:
+        (folder / TOKENIZER).mkdir()
+        for file in tokenizer_files(config.data.tokenizer):
+            shutil.copy(file, folder / TOKENIZER)
     write_meta(folder, {
         "step": step, "samples": step * config.training.global_batch_size, "universal": False,
         "layout": layout(config, ranks), "architecture": architecture(config.model)})
+
+
+def tokenizer_files(tokenizer: TokenizerConfig) -> list[str]:
+    return [f for f in (tokenizer.model, tokenizer.vocab_file, tokenizer.merge_file) if f is not None]
 
 
 def _show(where: dict[str, int]) -> str:

@@ -166,12 +166,12 @@ class Trainer:
 
     def _sample(self) -> None:
         """Text from the model as it stands."""
-        from based_mp.inference.generate import Generator
+        from based_mp.inference.generate import Generator, open_tokenizer
         config = self.config
         if config.parallel.zero_stage == 3 or config.parallel.sequence_parallel:
             return
         self.engine.eval()
-        generator = Generator.from_model(self.engine.module, config.data.tokenizer)
+        generator = Generator(self.engine.module, open_tokenizer(config.data.tokenizer), config.model.vocab_size)
         text = generator.generate([config.logging.sample_prompt], max_new_tokens=config.logging.sample_tokens,
                                   temperature=0.8, top_p=0.95, seed=self.step)[0].text
         self.engine.train()
