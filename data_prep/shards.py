@@ -37,21 +37,61 @@ class BadRecord:
         return f"{self.file} line {self.line}: {self.reason}"
 
 
-def read_shard(path: str | Path) -> Iterator[Document | BadRecord]:
-    """Documents of a shard in order, bad lines as `BadRecord`. Raises UserError for a shard that cannot be read on."""
-    number = 0
+class DamagedShard(UserError):
+    """A shard that can be read up to some line and no further."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Consecutive raw lines of a shard. first: number of the first, from 1; position: bytes of the file read so far."""
+
+    path: str
+    first: int
+    lines: list[bytes]
+    position: int
+
+
+def read_lines(path: str | Path, batch_bytes: int = 1 << 19) -> Iterator[Lines]:
+    """The lines of a shard in batches of about `batch_bytes`.
+
+    Raises DamagedShard, after all whole lines before the damage, or UserError for a shard that cannot be read at all.
+    """
+    number, size, lines = 0, 0, []
+    damage: Exception | None = None
     try:
-        with _open(path) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _parse(line, str(path), number)
+        with open(path, "rb") as raw, _decompressed(raw, str(path)) as stream:
+            try:
+                for line in stream:
+                    number += 1
+                    lines.append(line)
+                    size += len(line)
+                    if size >= batch_bytes:
+                        yield Lines(str(path), number - len(lines) + 1, lines, raw.tell())
+                        size, lines = 0, []
+            except (zstandard.ZstdError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+                damage = error
+            if lines:
+                yield Lines(str(path), number - len(lines) + 1, lines, raw.tell())
     except FileNotFoundError as error:
         raise UserError(f"the shard {path} is missing: correct the path") from error
-    except (zstandard.ZstdError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"the shard {path} is damaged after line {number} ({' '.join(str(error).split())}): "
-                        "fetch it again") from error
     except OSError as error:
         raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from error
+    if damage is not None:
+        raise DamagedShard(f"the shard {path} is damaged after line {number} ({' '.join(str(damage).split())}): "
+                           "fetch it again") from damage
+
+
+def parse_lines(batch: Lines) -> Iterator[Document | BadRecord]:
+    """The records of the lines that are not blank."""
+    for number, line in enumerate(batch.lines, batch.first):
+        if line.strip():
+            yield _parse(line, batch.path, number)
+
+
+def read_shard(path: str | Path) -> Iterator[Document | BadRecord]:
+    """Documents of a shard in order, bad lines as `BadRecord`. Raises as `read_lines`."""
+    for batch in read_lines(path):
+        yield from parse_lines(batch)
 
 
 def _parse(line: bytes, path: str, number: int) -> Document | BadRecord:
@@ -74,15 +114,14 @@ def _parse(line: bytes, path: str, number: int) -> Document | BadRecord:
     return Document(record["text"], str(component), number)
 
 
-def _open(path: str | Path) -> IO[bytes]:
-    name = str(path)
+def _decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
     if name.endswith(".jsonl"):
-        return open(path, "rb")
+        return raw
     if name.endswith(".jsonl.gz"):
-        return gzip.open(path, "rb")
+        return gzip.GzipFile(fileobj=raw)                      # type: ignore[return-value]
     if name.endswith(".jsonl.zst"):
-        return io.BufferedReader(_WholeFrames(open(path, "rb")), 1 << 20)
-    raise UserError(f"{path} is no shard: expected a name ending in .jsonl, .jsonl.gz or .jsonl.zst")
+        return io.BufferedReader(_WholeFrames(raw), 1 << 20)
+    raise UserError(f"{name} is no shard: expected a name ending in .jsonl, .jsonl.gz or .jsonl.zst")
 
 
 class _WholeFrames(io.RawIOBase):
@@ -91,7 +130,7 @@ class _WholeFrames(io.RawIOBase):
     def __init__(self, raw: IO[bytes]) -> None:
         self.raw = raw
         self.decompressor: zstandard.ZstdDecompressionObj | None = None
-        self.pending = b""
+        self.pending = memoryview(b"")
         self.compressed = b""
 
     def readable(self) -> bool:
@@ -100,21 +139,17 @@ class _WholeFrames(io.RawIOBase):
     def readinto(self, buffer: bytearray) -> int:   # type: ignore[override]
         while not self.pending:
             if not self.compressed:
-                self.compressed = self.raw.read(1 << 17)
+                self.compressed = self.raw.read(1 << 16)
             if not self.compressed:
                 if self.decompressor is not None:
                     raise zstandard.ZstdError("the last zstd frame is truncated")
                 return 0
             if self.decompressor is None:
                 self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self.pending = self.decompressor.decompress(self.compressed)
+            self.pending = memoryview(self.decompressor.decompress(self.compressed))
             self.compressed = b""
             if self.decompressor.eof:
                 self.compressed, self.decompressor = self.decompressor.unused_data, None
         count = min(len(buffer), len(self.pending))
         buffer[:count], self.pending = self.pending[:count], self.pending[count:]
         return count
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()

@@ -7,39 +7,25 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import os
+import re
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.errors import UserError, run_cli
-from data_prep.indexed import token_dtype, write_index
-from data_prep.shards import BadRecord, Document, read_shard
+from data_prep.indexed import token_dtype
+from data_prep.output import Output
+from data_prep.progress import Progress
+from data_prep.shards import BadRecord, DamagedShard, Lines, parse_lines, read_lines
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-
-BATCH_DOCUMENTS = 256
-
-
-@dataclass
-class Totals:
-    """What went in and came out."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    rejects: list[str] = field(default_factory=list)
-    components: dict[str, Counter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,19 @@ class Options:
     workers: int = 1
     max_bad: int = 0
     overwrite: bool = False
+    split_by_component: bool = False
+
+
+@dataclass
+class Encoded:
+    """What a worker made of some lines: per document (component, bytes of text, tokens), and all their ids in a row."""
+
+    path: str
+    position: int
+    documents: list[tuple[str, int, int]] = field(default_factory=list)
+    ids: bytes = b""
+    rejects: list[str] = field(default_factory=list)
+    empty: int = 0
 
 
 _worker_tokenizer: Tokenizer
@@ -63,127 +62,147 @@ def _start_worker(tokenizer: dict[str, str | None]) -> None:
     _worker_tokenizer = load_tokenizer(**tokenizer)            # type: ignore[arg-type]
 
 
-def _encode(batch: list[Document | BadRecord]) -> list[tuple[str, int, bytes] | BadRecord]:
-    """(component, bytes of text, ids with the end-of-document token) of every good record."""
-    good = [d for d in batch if isinstance(d, Document)]
-    dtype = token_dtype(_worker_tokenizer.vocab_size)
-    encoded = iter(_worker_tokenizer.encode_batch([d.text for d in good]))
-    out: list[tuple[str, int, bytes] | BadRecord] = []
-    for record in batch:
+def _encode(batch: Lines) -> Encoded:
+    """Parse and tokenize lines; every document ends with the end-of-document token."""
+    out = Encoded(batch.path, batch.position)
+    documents = []
+    for record in parse_lines(batch):
         if isinstance(record, BadRecord):
-            out.append(record)
+            out.rejects.append(str(record))
+        elif record.text:
+            documents.append(record)
         else:
-            ids = next(encoded)
-            out.append((record.component, len(record.text.encode()),
-                        np.array([*ids, _worker_tokenizer.eod], dtype=dtype).tobytes()))
+            out.empty += 1
+    dtype = token_dtype(_worker_tokenizer.vocab_size)
+    rows = []
+    for document, ids in zip(documents, _worker_tokenizer.encode_batch([d.text for d in documents]), strict=True):
+        ids.append(_worker_tokenizer.eod)
+        rows.append(np.array(ids, dtype=dtype).tobytes())
+        out.documents.append((document.component, len(document.text.encode()), len(ids)))
+    out.ids = b"".join(rows)
     return out
 
 
-def _batches(inputs: Iterable[str], progress: tqdm) -> Iterator[list[Document | BadRecord]]:
-    for path in inputs:
-        progress.set_postfix_str(Path(path).name)
-        records = (r for r in read_shard(path) if isinstance(r, BadRecord) or r.text)
-        while batch := list(islice(records, BATCH_DOCUMENTS)):
-            yield batch
+def _batches(options: Options) -> Iterator[Lines | BadRecord]:
+    """Lines of all shards; where rejects are allowed, a shard's damaged rest is one."""
+    for path in options.inputs:
+        try:
+            yield from read_lines(path)
+        except DamagedShard as error:
+            if options.max_bad == 0:
+                raise
+            yield BadRecord(path, 0, str(error))
 
 
-def _encoded(options: Options, progress: tqdm) -> Iterator[list[tuple[str, int, bytes] | BadRecord]]:
-    """Batches in input order, whatever the number of workers."""
+def _encoded(options: Options) -> Iterator[Encoded]:
+    """Results in input order, whatever the number of workers; a few batches a worker are under way at a time."""
     if options.workers == 1:
         _start_worker(options.tokenizer)
-        yield from map(_encode, _batches(options.inputs, progress))
+        for batch in _batches(options):
+            yield _rejected(batch) if isinstance(batch, BadRecord) else _encode(batch)
         return
-    # imap drains its input at once; the semaphore keeps the documents in memory to a few batches a worker.
-    room = threading.Semaphore(4 * options.workers)
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start_worker,
+                             (options.tokenizer,)) as pool:
+        waiting: deque[Future | Encoded] = deque()
+        try:
+            for batch in _batches(options):
+                waiting.append(_rejected(batch) if isinstance(batch, BadRecord) else pool.submit(_encode, batch))
+                if len(waiting) > 4 * options.workers:
+                    yield _result(waiting.popleft())
+            while waiting:
+                yield _result(waiting.popleft())
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died (killed, or out of memory): use fewer --workers; "
+                            "nothing was written") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def throttled() -> Iterator[list[Document | BadRecord]]:
-        for batch in _batches(options.inputs, progress):
-            room.acquire()
-            yield batch
 
-    with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, (options.tokenizer,)) as pool:
-        for result in pool.imap(_encode, throttled()):
-            room.release()
-            yield result
+def _rejected(record: BadRecord) -> Encoded:
+    return Encoded(record.file, 0, rejects=[record.reason])
 
 
-def tokenize(options: Options) -> dict:
-    """Write OUTPUT.bin, .idx and .json; nothing is left behind on failure. Returns the manifest. Raises UserError."""
+def _result(item: Future | Encoded) -> Encoded:
+    return item if isinstance(item, Encoded) else item.result()
+
+
+class _Outputs:
+    """The outputs of a run by component, or the only one."""
+
+    def __init__(self, options: Options, dtype: np.dtype) -> None:
+        self.options, self.dtype = options, dtype
+        self.by_prefix: dict[str, Output] = {}
+        if not options.split_by_component:
+            self.of("")
+
+    def of(self, component: str) -> Output:
+        prefix = self.options.output_prefix
+        if self.options.split_by_component:
+            prefix += "_" + (re.sub(r"[^A-Za-z0-9]+", "", component) or "unnamed")
+        if prefix not in self.by_prefix:
+            self.by_prefix[prefix] = Output(prefix, self.dtype, self.options.overwrite)
+        return self.by_prefix[prefix]
+
+    def append(self, encoded: Encoded) -> None:
+        start, ids = 0, memoryview(encoded.ids)
+        for component, text_bytes, tokens in encoded.documents:
+            end = start + tokens * self.dtype.itemsize
+            self.of(component).append(ids[start:end], component, text_bytes)
+            start = end
+
+    def discard(self) -> None:
+        for output in self.by_prefix.values():
+            output.discard()
+
+
+def tokenize(options: Options) -> dict[str, dict]:
+    """Write PREFIX.bin, .idx and .json (one such set a component with split_by_component); on failure nothing.
+
+    Returns the manifests by prefix. Raises UserError.
+    """
     tokenizer = load_tokenizer(**options.tokenizer)            # type: ignore[arg-type]
-    dtype = token_dtype(tokenizer.vocab_size)
-    prefix = options.output_prefix
-    finals = [Path(prefix + ending) for ending in (".bin", ".idx", ".json")]
-    existing = [str(p) for p in finals if p.exists()]
-    if existing and not options.overwrite:
-        raise UserError(f"{existing[0]} exists: give --overwrite or another --output-prefix")
     for path in options.inputs:
         if not os.access(path, os.R_OK):
             raise UserError(f"the shard {path} is missing or unreadable: correct the path or its permissions")
-    temporaries = [p.with_name(f".{p.name}.writing") for p in finals]
     started = time.perf_counter()
-    totals, lengths, digest = Totals(), [], hashlib.sha256()
+    rejects: list[str] = []
+    empty = 0
+    outputs: _Outputs | None = None
     try:
-        finals[0].parent.mkdir(parents=True, exist_ok=True)
-        with open(temporaries[0], "wb") as out, _progress() as progress:
-            for batch in _encoded(options, progress):
-                for record in batch:
-                    _take(record, totals, lengths, out, digest, dtype, options.max_bad)
-                progress.update(sum(r[1] for r in batch if not isinstance(r, BadRecord)))
-            out.flush()
-            os.fsync(out.fileno())
-        if not lengths:
+        outputs = _Outputs(options, token_dtype(tokenizer.vocab_size))
+        with Progress({path: os.path.getsize(path) for path in options.inputs}) as progress:
+            for encoded in _encoded(options):
+                rejects += encoded.rejects
+                empty += encoded.empty
+                _check_rejects(rejects, options.max_bad)
+                outputs.append(encoded)
+                progress.advance(encoded.path, encoded.position, sum(d[1] for d in encoded.documents),
+                                 len(encoded.documents), len(rejects))
+        written = outputs.by_prefix
+        if not any(output.lengths for output in written.values()):
             raise UserError(f"no document in {', '.join(options.inputs)}: nothing was written")
-        write_index(temporaries[1], np.array(lengths, dtype=np.int32), dtype)
-        manifest = _manifest(options, tokenizer, totals, digest.hexdigest(), temporaries[1], dtype,
-                             time.perf_counter() - started)
-        temporaries[2].write_text(json.dumps(manifest, indent=1))
-        for temporary, final in zip(temporaries, finals, strict=True):
-            os.replace(temporary, final)
+        facts = {"vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod,
+                 "tokenizer": {"type": tokenizer.kind, "sha256": tokenizer.fingerprint()},
+                 "sources": [{"path": p, "bytes": os.path.getsize(p)} for p in options.inputs],
+                 "rejects": rejects, "empty_documents": empty}
+        seconds = time.perf_counter() - started
+        manifests = {prefix: output.finish(facts, seconds) for prefix, output in written.items()}
+        for output in written.values():
+            output.publish()
     except OSError as error:
-        raise UserError(f"cannot write {prefix}: {error.strerror or error}; nothing was changed") from error
+        raise UserError(f"cannot write {options.output_prefix}: {error.strerror or error}; nothing was changed") \
+            from error
     finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
-    return manifest
+        if outputs is not None:
+            outputs.discard()
+    return manifests
 
 
-def _take(record: tuple[str, int, bytes] | BadRecord, totals: Totals, lengths: list[int], out, digest,
-          dtype: np.dtype, max_bad: int) -> None:
-    if isinstance(record, BadRecord):
-        totals.rejects.append(str(record))
-        if len(totals.rejects) > max_bad:
-            hint = "repair it, or allow some with --on-bad-record skip" if max_bad == 0 else \
-                f"that is more than --max-bad {max_bad}"
-            raise UserError(f"{record}; {hint}; nothing was written")
-        return
-    component, size, ids = record
-    out.write(ids)
-    digest.update(ids)
-    lengths.append(len(ids) // dtype.itemsize)
-    totals.documents += 1
-    totals.tokens += lengths[-1]
-    totals.text_bytes += size
-    totals.components.setdefault(component, Counter()).update(documents=1, tokens=lengths[-1], bytes=size)
-
-
-def _manifest(options: Options, tokenizer: Tokenizer, totals: Totals, bin_sha256: str, index: Path,
-              dtype: np.dtype, seconds: float) -> dict:
-    return {
-        "documents": totals.documents, "tokens": totals.tokens, "text_bytes": totals.text_bytes,
-        "seconds": round(seconds, 3), "megabytes_per_second": round(totals.text_bytes / 1e6 / seconds, 3),
-        "rejects": totals.rejects, "components": {k: dict(v) for k, v in sorted(totals.components.items())},
-        "dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod,
-        "tokenizer": {"type": tokenizer.kind, "sha256": tokenizer.fingerprint()},
-        "sources": [{"path": p, "bytes": os.path.getsize(p)} for p in options.inputs],
-        "sha256": {"bin": bin_sha256, "idx": hashlib.sha256(index.read_bytes()).hexdigest()},
-    }
-
-
-def _progress() -> tqdm:
-    """A bar on a terminal; elsewhere a plain line every half minute."""
-    terminal = sys.stderr.isatty()
-    return tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.2 if terminal else 30,
-                ascii=not terminal)
+def _check_rejects(rejects: list[str], max_bad: int) -> None:
+    if len(rejects) > max_bad:
+        hint = "repair it, or allow some with --on-bad-record skip" if max_bad == 0 else \
+            f"that is more than --max-bad {max_bad}"
+        raise UserError(f"{rejects[max_bad]}; {hint}; nothing was written")
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -197,11 +216,13 @@ def parse(arguments: list[str] | None = None) -> Options:
                         help="a line that is no document: stop, or leave it out and list it in the manifest")
     parser.add_argument("--max-bad", type=int, default=1000, help="with skip: more bad records than this stop the run")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    parser.add_argument("--split-by-component", action="store_true",
+                        help="one dataset a pile_set_name: PREFIX_COMPONENT.bin, .idx and .json")
     a = parser.parse_args(arguments)
     if a.workers < 1:
         raise UserError(f"--workers {a.workers}: give at least 1")
     return Options(a.input, a.output_prefix, tokenizer_arguments(a), a.workers,
-                   a.max_bad if a.on_bad_record == "skip" else 0, a.overwrite)
+                   a.max_bad if a.on_bad_record == "skip" else 0, a.overwrite, a.split_by_component)
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,10 +240,11 @@ def tokenizer_arguments(a: argparse.Namespace) -> dict[str, str | None]:
 
 
 def main() -> None:
-    options = parse()
-    m = tokenize(options)
-    print(f"{options.output_prefix}: {m['tokens']:,} tokens, {m['documents']:,} documents, {m['text_bytes']:,} bytes "
-          f"in {m['seconds']:.1f} s ({m['megabytes_per_second']:.2f} MB/s), {len(m['rejects'])} records rejected")
+    for prefix, m in sorted(tokenize(parse()).items()):
+        print(f"{prefix}: {m['tokens']:,} tokens, {m['documents']:,} documents, {m['text_bytes']:,} bytes in "
+              f"{m['seconds']:.1f} s ({m['megabytes_per_second']:.2f} MB/s), {len(m['rejects'])} records rejected")
+        for reject in m["rejects"][:10]:
+            print(f"rejected: {reject}", file=sys.stderr)
 
 
 if __name__ == "__main__":
