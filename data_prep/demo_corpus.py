@@ -76,7 +76,8 @@ def write(output: Path, max_megabytes: float) -> dict[str, int]:
         raise UserError("this Python has no standard library sources to make a corpus from: install its full "
                         "standard library, or give your own shards to data_prep.tokenize")
     for name, lines in shards.items():
-        (output / f"{name}.jsonl.zst").write_bytes(zstandard.ZstdCompressor(level=3).compress(b"".join(lines)))
+        compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        (output / f"{name}.jsonl.zst").write_bytes(compressor.compress(b"".join(lines)))
     return sizes
 
 

@@ -42,18 +42,23 @@ class IndexedDataset:
         for file in (index, data):
             if not file.is_file():
                 raise UserError(f"{file} is missing: give the prefix of a .bin/.idx pair")
-        raw = index.read_bytes()
         head = len(MAGIC) + struct.calcsize("<QBQQ")
-        if raw[: len(MAGIC)] != MAGIC or len(raw) < head:
+        with open(index, "rb") as file:
+            start = file.read(head)
+        if start[: len(MAGIC)] != MAGIC or len(start) < head:
             raise UserError(f"{index} is not a Megatron index: make it again with data_prep.tokenize")
-        _, code, count, documents = struct.unpack_from("<QBQQ", raw, len(MAGIC))
-        if code not in DTYPES or len(raw) != head + 12 * count + 8 * documents:
+        _, code, count, documents = struct.unpack_from("<QBQQ", start, len(MAGIC))
+        if code not in DTYPES or index.stat().st_size != head + 12 * count + 8 * documents:
             raise UserError(f"{index} is damaged (its size does not fit its header): make it again")
         self.dtype = DTYPES[code]
+        raw = np.memmap(index, np.uint8, "r")
         self.lengths = np.frombuffer(raw, np.int32, count, head)
         self.offsets = np.frombuffer(raw, np.int64, count, head + 4 * count)
         self.boundaries = np.frombuffer(raw, np.int64, documents, head + 12 * count)
-        self.data = np.memmap(data, self.dtype, "r") if data.stat().st_size else np.zeros(0, self.dtype)
+        size = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if count else 0
+        if data.stat().st_size != size:
+            raise UserError(f"{data} has {data.stat().st_size} bytes, its index describes {size}: make both again")
+        self.data = np.memmap(data, self.dtype, "r") if size else np.zeros(0, self.dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -99,7 +99,7 @@ def _parse(line: bytes, path: str, number: int) -> Document | BadRecord:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRecord(path, number, f"invalid UTF-8 at byte {error.start}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadRecord(path, number, f"malformed JSON ({error})")
     if not isinstance(record, dict) or "text" not in record:
         return BadRecord(path, number, 'no "text" field')

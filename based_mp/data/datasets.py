@@ -20,6 +20,11 @@ from based_mp.config import Config, Corpus, DataConfig
 from based_mp.data.sampler import GlobalBatchSampler
 from based_mp.errors import UserError
 from based_mp.parallel.state import Ranks
+from data_prep.errors import UserError as DataPrepError
+from data_prep.indexed import IndexedDataset
+from data_prep.tokenizers import load_tokenizer
+
+CHECKED_TOKENS = 1 << 22
 
 
 @dataclass
@@ -49,30 +54,66 @@ def corpus_name(corpus: Corpus) -> str:
 
 
 def check_corpora(config: Config) -> int:
-    """Every .bin/.idx is there and fits the model's vocabulary; returns the end-of-document id. Raises UserError."""
-    eods = set()
-    for corpus in config.data.train + config.data.valid + config.data.test:
-        for ending in (".bin", ".idx"):
-            file = Path(corpus.path + ending)
-            if not file.is_file():
-                raise UserError(f"{file} is missing: make it with python -m data_prep.tokenize, or correct the path "
-                                "(a prefix without .bin) under data")
-            if file.stat().st_size == 0:
-                raise UserError(f"{file} is empty: make it again with python -m data_prep.tokenize --overwrite")
-        manifest = Path(corpus.path + ".json")
-        if not manifest.is_file():
-            continue
-        facts = json.loads(manifest.read_text())
-        if facts["vocab_size"] > config.model.vocab_size:
-            raise UserError(f"{corpus.path} was made with a vocabulary of {facts['vocab_size']}, the model has "
-                            f"model.vocab_size={config.model.vocab_size}: set it to the tokenizer's")
-        eods.add(facts["eod"])
-    if len(eods) > 1:
-        raise UserError(f"the corpora end documents with different tokens ({sorted(eods)}): tokenize them alike")
-    if not eods and (config.data.eod_mask_loss or config.data.reset_state_at_documents):
+    """Every corpus is whole and fits the model and the tokenizer; returns the end-of-document id. Raises UserError."""
+    data = config.data
+    for corpora in (data.train, data.valid, data.test):
+        names = [corpus_name(c) for c in corpora]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(f"two corpora of one list under data are called {twice[0]}: give each another name")
+    manifests = {c.path: _manifest(c, config) for c in data.train + data.valid + data.test}
+    found = {path: m for path, m in manifests.items() if m is not None}
+    eods = {m["eod"] for m in found.values()}
+    tokenizers = {m["tokenizer"]["sha256"]: path for path, m in found.items()}
+    if len(eods) > 1 or len(tokenizers) > 1:
+        raise UserError(f"{' and '.join(sorted(tokenizers.values())[:2])} were made with different tokenizers: "
+                        "tokenize all corpora with one")
+    if data.tokenizer is not None and tokenizers:
+        sha256, path = tokenizers.popitem()
+        t = data.tokenizer
+        try:
+            own = load_tokenizer(t.type, model=t.model, vocab_file=t.vocab_file, merge_file=t.merge_file,
+                                 eod_token=t.eod_token).fingerprint()
+        except DataPrepError as error:
+            raise UserError(f"data.tokenizer: {error}") from error
+        if own != sha256:
+            raise UserError(f"{path} was made with another tokenizer than data.tokenizer: correct data.tokenizer, or "
+                            "tokenize the corpora again")
+    if not eods and (data.eod_mask_loss or data.reset_state_at_documents):
         raise UserError("data.eod_mask_loss and data.reset_state_at_documents need the end-of-document id: keep the "
                         ".json manifest that data_prep.tokenize writes beside the .bin")
     return eods.pop() if eods else -1
+
+
+def _manifest(corpus: Corpus, config: Config) -> dict[str, Any] | None:
+    """The corpus's manifest, None without one, once its files are known to fit each other and the model."""
+    for ending in (".bin", ".idx"):
+        file = Path(corpus.path + ending)
+        if not file.is_file():
+            raise UserError(f"{file} is missing: make it with python -m data_prep.tokenize, or correct the path "
+                            "(a prefix without .bin) under data")
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} is empty: make it again with python -m data_prep.tokenize --overwrite")
+    try:
+        indexed = IndexedDataset(corpus.path)
+    except DataPrepError as error:
+        raise UserError(str(error)) from error
+    path = Path(corpus.path + ".json")
+    manifest = None
+    if path.is_file():
+        try:
+            manifest = json.loads(path.read_text())
+            vocab_size, _, _ = manifest["vocab_size"], manifest["eod"], manifest["tokenizer"]["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no manifest of data_prep.tokenize: make the corpus again, or remove the file") \
+                from error
+    else:
+        # Made by other tools: the first tokens tell most mistakes, and reading all of them could take hours.
+        vocab_size = int(indexed.data[:CHECKED_TOKENS].max()) + 1
+    if vocab_size > config.model.vocab_size:
+        raise UserError(f"{corpus.path} was made with a vocabulary of {vocab_size} or more, the model has "
+                        f"model.vocab_size={config.model.vocab_size}: set it to the tokenizer's")
+    return manifest
 
 
 def build_datasets(config: Config, eod: int) -> Datasets:
