@@ -3,7 +3,8 @@
     python -m data_prep.demo_corpus --output data/quickstart
 
 Two components, each with a training and a validation shard: PythonSource (source files) and PythonDocs (the
-docstrings of modules, classes and functions, as prose).
+docstrings of modules, classes and functions, as prose). A module is in the training or in the validation shards of both
+components, so that no validation docstring stands in a training source.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ def docstrings(source: str, name: str) -> str:
     return "\n\n".join(parts)
 
 
-def documents() -> Iterator[tuple[str, str]]:
-    """(component, text), deterministic for one Python version."""
-    for path in source_files():
+def documents() -> Iterator[tuple[int, str, str]]:
+    """(module number, component, text), deterministic for one Python version."""
+    for number, path in enumerate(source_files()):
         try:
             source = path.read_text(encoding="utf-8")
             prose = docstrings(source, path.stem)
         except (UnicodeDecodeError, SyntaxError, OSError, ValueError):
             continue
         if source.strip():
-            yield "PythonSource", source
+            yield number, "PythonSource", source
         if prose:
-            yield "PythonDocs", prose
+            yield number, "PythonDocs", prose
 
 
 def write(output: Path, max_megabytes: float) -> dict[str, int]:
@@ -63,18 +64,16 @@ def write(output: Path, max_megabytes: float) -> dict[str, int]:
     output.mkdir(parents=True, exist_ok=True)
     shards: dict[str, list[bytes]] = {}
     sizes: dict[str, int] = {}
-    seen: dict[str, int] = {}
-    for component, text in documents():
+    for number, component, text in documents():
         if sum(sizes.values()) > max_megabytes * 1e6:
             break
-        seen[component] = seen.get(component, 0) + 1
-        name = f"{component}_{'val' if seen[component] % VALIDATION_EVERY == 0 else 'train'}"
+        name = f"{component}_{'val' if number % VALIDATION_EVERY == 0 else 'train'}"
         record = {"text": text, "meta": {"pile_set_name": component}}
         shards.setdefault(name, []).append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         sizes[name] = sizes.get(name, 0) + len(text.encode())
     if len(shards) < 4:
-        raise UserError("this Python has no standard library sources to make a corpus from: install its full "
-                        "standard library, or give your own shards to data_prep.tokenize")
+        raise UserError("too little text for training and validation: raise --max-megabytes, or install this Python's "
+                        "standard library with its sources")
     for name, lines in shards.items():
         compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
         (output / f"{name}.jsonl.zst").write_bytes(compressor.compress(b"".join(lines)))
