@@ -43,7 +43,7 @@ def save(engine: Any, directory: str | Path, config: Config, ranks: Ranks, step:
             _describe(temporary, config, ranks, step)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            _write(root / LATEST, final.name)
+            write_latest(root, final.name)
             _prune(root, config.checkpoint.keep_last)
     return final
 
@@ -57,6 +57,11 @@ def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
         if path is None:
             raise RuntimeError("DeepSpeed found no state for this layout")
     return int(client.get("step", meta["step"]))
+
+
+def write_latest(root: Path, name: str) -> None:
+    """Point `latest` at a published checkpoint, in one step."""
+    _write(root / LATEST, name)
 
 
 def newest(directory: str | Path) -> Path | None:
@@ -106,6 +111,11 @@ def check_compatible(meta: dict[str, Any], checkpoint: Path, config: Config, ran
         raise UserError(f"{checkpoint} holds another architecture (model.{key} is {theirs.get(key)!r} there and "
                         f"{ours[key]!r} here): use its config, or another checkpoint.dir")
     here = layout(config, ranks)
+    if meta["universal"] and here["zero_stage"] not in (1, 2):
+        raise UserError(f"{checkpoint} was converted from ZeRO {meta['layout']['zero_stage']} and loads into ZeRO 1 or "
+                        f"2, not {here['zero_stage']}: set parallel.zero_stage=1")
+    if meta.get("weights_only"):
+        return
     if not meta["universal"] and meta["layout"] != here:
         raise UserError(f"{checkpoint} was saved at {_show(meta['layout'])}, this run has {_show(here)}: convert it "
                         "with launch/convert.py reshard, or start the run with its layout")
@@ -132,12 +142,17 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     _write(folder / "meta.json", json.dumps(meta, indent=1))
 
 
-def _describe(folder: Path, config: Config, ranks: Ranks, step: int) -> None:
+def write_config(folder: Path, config: Config) -> None:
+    """config.yaml and copies of the tokenizer's files, so that a checkpoint generates wherever it is moved."""
     (folder / "config.yaml").write_text(config.to_yaml())
     if config.data.tokenizer is not None:
         (folder / TOKENIZER).mkdir()
         for file in tokenizer_files(config.data.tokenizer):
             shutil.copy(file, folder / TOKENIZER)
+
+
+def _describe(folder: Path, config: Config, ranks: Ranks, step: int) -> None:
+    write_config(folder, config)
     write_meta(folder, {
         "step": step, "samples": step * config.training.global_batch_size, "universal": False,
         "layout": layout(config, ranks), "architecture": architecture(config.model)})

@@ -7,12 +7,16 @@ import logging
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from based_mp.config import Config
+from based_mp.estimate import parameter_counts
+from based_mp.errors import UserError
+from based_mp.inference.load import full_state, load_state
 from based_mp.model.based_model import build_model
 from based_mp.parallel.mpu import MPU
 from based_mp.parallel.state import Ranks
@@ -21,6 +25,8 @@ from based_mp.parallel.state import Ranks
 def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -> dict[str, Any]:
     """The JSON that DeepSpeed reads, derived from ours: there is no second file to keep in step."""
     _, accumulation = config.check_world(ranks.world_size)
+    # DeepSpeed allocates whole buckets: its default of 5e8 values would be more than a small model itself.
+    bucket = min(sum(parameter_counts(config.model).values()), 100_000_000)
     settings: dict[str, Any] = {
         "train_batch_size": config.training.global_batch_size,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
@@ -28,7 +34,8 @@ def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": ranks.device.type == "cuda"},
+        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": ranks.device.type == "cuda",
+                              "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
     }
     if config.training.precision == "bf16":
         settings["bf16"] = {"enabled": True}
@@ -76,8 +83,13 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def build_engine(config: Config, ranks: Ranks, *, universal: bool = False) -> Any:
-    """The DeepSpeed engine of `config`; `universal`: its next load reads a universal checkpoint."""
+def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weights: Path | None = None) -> Any:
+    """The DeepSpeed engine of `config`.
+
+    universal: its next load reads a universal checkpoint. weights: an imported checkpoint to start from.
+    """
+    if weights is not None and config.parallel.zero_stage == 3:
+        raise UserError(f"{weights} holds imported weights, which ZeRO-3 cannot start from: set parallel.zero_stage=1")
     deepspeed = import_deepspeed(ranks.device)
     settings = deepspeed_config(config, ranks, universal=universal)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -88,6 +100,8 @@ def build_engine(config: Config, ranks: Ranks, *, universal: bool = False) -> An
                                            config_dict_or_path=settings, mpu=mpu)
     with sharded_init:
         model = build_model(config)
+    if weights is not None:
+        load_state(model, full_state(weights, model), ranks.tp_rank, ranks.tp_size)
     model.universal_checkpoint_info = universal_checkpoint_info(model)
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2),

@@ -49,6 +49,8 @@ class Trainer:
             return build_engine(config, ranks), 0
         meta = ckpt.read_meta(found)
         ckpt.check_compatible(meta, found, config, ranks)
+        if meta.get("weights_only"):
+            return build_engine(config, ranks, weights=found), 0
         engine = build_engine(config, ranks, universal=meta["universal"])
         step = ckpt.load(engine, found, config, ranks)
         if ranks.rank == 0:

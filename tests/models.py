@@ -1,0 +1,25 @@
+"""A small configuration with every mixer, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from based_mp.config import Config
+
+MODEL: dict[str, Any] = {
+    "d_model": 64, "num_layers": 4, "num_heads": 4, "vocab_size": 120, "pad_vocab_to_multiple_of": 32,
+    "linear_attention_layers": [1], "sliding_attention_layers": [2], "feature_dim": 8, "window": 8,
+    "ffn_hidden_size": 96}
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """`tiny_config(parallel={"zero_stage": 2})`: the small model with some keys changed."""
+    tree: dict[str, Any] = {
+        "model": dict(MODEL), "data": {"train": [{"path": "nowhere"}], "num_workers": 0},
+        "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "steps": 20,
+                     "precision": "fp32", "device": "cpu"},
+        # With the usual eps of 1e-8 Adam divides rounding noise by rounding noise and the comparison drowns in it.
+        "optimizer": {"lr": 3e-3, "min_lr": 3e-3, "warmup_steps": 0, "clip_grad_norm": 0.5, "eps": 1e-5}}
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return Config.model_validate(tree)
