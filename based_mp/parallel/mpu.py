@@ -6,7 +6,7 @@ from megatron.core import parallel_state as ps
 
 
 class MPU:
-    """What DeepSpeed asks of `mpu`. Model parallel is tensor parallel here; pipeline and context parallel are unused."""
+    """What DeepSpeed asks of `mpu`. Model parallel is tensor parallel here; nothing else cuts the model."""
 
     @staticmethod
     def get_model_parallel_group():

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from based_mp.config import Config
-from based_mp.estimate import parameter_counts
 from based_mp.errors import UserError
+from based_mp.estimate import parameter_counts
 from based_mp.inference.load import full_state, load_state
 from based_mp.model.based_model import build_model
 from based_mp.parallel.mpu import MPU

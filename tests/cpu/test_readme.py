@@ -35,5 +35,6 @@ def test_named_configurations_and_keys_exist():
     for name in re.findall(r"`((?:based|attention|smoke)_[\w.]*(?:360m|1\.3b|cpu)\w*)`", README):
         assert (REPO / "configs" / f"{name}.yaml").exists(), name
     keys = help_text()
-    for key in re.findall(r"\b((?:model|parallel|training|optimizer|logging|validation|checkpoint)\.[a-z_]+)\b", README):
+    sections = "model|parallel|training|optimizer|logging|validation|checkpoint"
+    for key in re.findall(rf"\b((?:{sections})\.[a-z_]+)\b", README):
         assert f" {key} " in keys, key

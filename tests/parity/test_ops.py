@@ -6,8 +6,15 @@ import torch
 from based_mp.ops.gated_conv import conv_carry, gated_conv
 from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention, taylor_linear_attention_step
 from based_mp.ops.reference import (
-    causal_conv_naive, init_taylor_state, taylor_chunked, taylor_denominator, taylor_feature_dim, taylor_features,
-    taylor_quadratic, taylor_recurrent, window_attention_naive,
+    causal_conv_naive,
+    init_taylor_state,
+    taylor_chunked,
+    taylor_denominator,
+    taylor_feature_dim,
+    taylor_features,
+    taylor_quadratic,
+    taylor_recurrent,
+    window_attention_naive,
 )
 from based_mp.ops.window_attention import causal_attention, rope
 
