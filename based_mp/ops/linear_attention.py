@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from based_mp.ops import backends, taylor_cuda
 from based_mp.ops.reference import TaylorState, taylor_chunked, taylor_step
 
 __all__ = ["TaylorState", "taylor_linear_attention", "taylor_linear_attention_step"]
@@ -25,6 +26,10 @@ def taylor_linear_attention(
     Raises ValueError for shapes that do not fit together.
     """
     _check(q, k, v, initial_state, cu_seqlens, decay)
+    if backends.taylor_backend(q, k, v, decay=decay) == "cuda":
+        o, state = taylor_cuda.forward(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+                                       initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens)
+        return (o, state) if return_state else o
     o, state = taylor_chunked(q, k, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, decay=decay)
     return (o, state) if return_state else o
 

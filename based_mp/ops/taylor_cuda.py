@@ -1,0 +1,164 @@
+"""Taylor linear attention in CUDA (csrc/taylor_*.cu): two torch.library ops, their fake versions and autograd.
+
+The sequence of every head is cut into segments so that the grid fills the GPU: segment sums, a scan, then the outputs
+of all segments at once. Nothing waits for the device, and nothing depends on the values of `cu_seqlens`, so the ops
+can be captured in CUDA graphs. Sums run in a fixed order: results are bitwise the same from run to run.
+fp16 inputs are computed in bf16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from based_mp.ops.backends import extension
+from based_mp.ops.reference import TaylorState, taylor_feature_dim
+
+CHUNK = 160            # tokens a block handles at a time (kChunk of csrc/taylor_common.cuh)
+ROWS = 160             # feature rows of a segment state in the work space
+BLOCKS = 132           # blocks that fill an H100; a constant, so that shapes do not depend on the device
+
+
+class Plan(NamedTuple):
+    """How the tokens are cut: `docs` sequences, each of `segments` segments of `length` tokens; `slots` in all."""
+
+    docs: int
+    segments: int
+    length: int
+    slots: int
+
+
+def plan(batch: int, seq: int, heads: int, docs: int | None) -> Plan:
+    """Segments for [batch, seq, heads]; `docs` is the number of packed documents, None without packing."""
+    wanted = max(1, BLOCKS // max(1, batch * heads))
+    length = -(-seq // min(wanted, -(-seq // CHUNK)))
+    length = -(-length // CHUNK) * CHUNK
+    segments = -(-seq // length)
+    if docs is None:
+        return Plan(batch, segments, length, batch * segments)
+    return Plan(docs, segments, length, seq // length + docs)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` as the kernels read it: bf16, contiguous last dimension, rows on 16-byte boundaries."""
+    x = x.to(torch.bfloat16)
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, reverse: bool = False,
+            exact: bool = False, **tensors: Tensor | None) -> None:
+    b, s, h, f = q.shape
+    grad_o = tensors.get("grad_o")
+    order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_rows", "dq", "dk", "dv", "kv_in", "z_in",
+             "kv_out", "z_out"]
+    given = [q, k, v] + [tensors.get(name) for name in order]
+    pointers = [0 if x is None else x.data_ptr() for x in given]
+    strides = [n for x in (q, k, v, v if grad_o is None else grad_o) for n in x.stride()[:3]]
+    sizes = [b, s, h, f, v.shape[-1], p.docs, p.segments, p.length, p.slots, int(exact), int(reverse)]
+    with torch.cuda.device(q.device):
+        extension().launch(names, pointers, strides, sizes, scale, torch.cuda.current_stream().cuda_stream)
+
+
+def _shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Plan, tuple[int, ...], tuple[int, ...]]:
+    """The plan, the shape of one work space and the shape of the public kv state."""
+    b, s, h, f = q.shape
+    p = plan(b, s, h, None if cu_seqlens is None else cu_seqlens.numel() - 1)
+    return p, (p.slots, h, ROWS, v.shape[-1] + 8), (p.docs, h, taylor_feature_dim(f), v.shape[-1])
+
+
+@torch.library.custom_op("based_mp::taylor_forward", mutates_args=(), device_types="cuda")
+def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
+                   scale: float, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, denominator [b, s, h], segment states (saved for the backward), final kv and z (empty unless asked for)."""
+    p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
+    dtype = v.dtype
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    o = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
+    denominator = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
+    scan = return_state or kv is not None or p.slots > p.docs
+    space = torch.empty(space_shape if scan else (0,), dtype=torch.float32, device=v.device)
+    kv_out = torch.empty(kv_shape if return_state else (0,), dtype=torch.float32, device=v.device)
+    z_out = torch.empty(kv_shape[:-1] if return_state else (0,), dtype=torch.float32, device=v.device)
+    kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
+    _launch((["segment_state", "scan"] if scan else []) + ["forward"], p, q, k, v, scale, exact=return_state,
+            cu_seqlens=cu_seqlens, space=space if scan else None, o=o, denominator=denominator, kv_in=kv, z_in=z,
+            kv_out=kv_out if return_state else None, z_out=z_out if return_state else None)
+    return o.to(dtype), denominator, space, kv_out, z_out
+
+
+@taylor_forward.register_fake
+def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
+    p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
+    scan = return_state or kv is not None or p.slots > p.docs
+    full = {"dtype": torch.float32, "device": v.device}
+    return (torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(v.shape[:3], **full),
+            torch.empty(space_shape if scan else (0,), **full), torch.empty(kv_shape if return_state else (0,), **full),
+            torch.empty(kv_shape[:-1] if return_state else (0,), **full))
+
+
+@torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
+def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                    grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+                    want_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z."""
+    p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
+    dtype = v.dtype
+    q, k, v, grad_o = (_aligned(x) for x in (q, k, v, grad_o))
+    o = o.to(torch.bfloat16).contiguous()
+    rows = torch.empty(*v.shape[:3], v.shape[-1] + 8, dtype=torch.bfloat16, device=v.device)
+    dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))
+    scan = want_state or grad_kv is not None or p.slots > p.docs
+    grad_kv, grad_z = (None if x is None else x.float().contiguous() for x in (grad_kv, grad_z))
+    dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
+    dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
+    common = {"cu_seqlens": cu_seqlens, "grad_rows": rows}
+    _launch(["grad_rows", "backward_dq"], p, q, k, v, scale, o=o, denominator=denominator, grad_o=grad_o, dq=dq,
+            space=space if space.numel() else None, **common)
+    suffix = torch.empty(space_shape, dtype=torch.float32, device=v.device) if scan else None
+    _launch((["segment_state", "scan"] if scan else []) + ["backward_dkdv"], p, q, k, v, scale, reverse=True,
+            space=suffix, dk=dk, dv=dv, kv_in=grad_kv, z_in=grad_z, kv_out=dkv if want_state else None,
+            z_out=dz if want_state else None, **common)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dkv, dz
+
+
+@taylor_backward.register_fake
+def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state):
+    _, _, kv_shape = _shapes(q, v, cu_seqlens)
+    return (*(torch.empty(x.shape, dtype=v.dtype, device=v.device) for x in (q, k, v)),
+            torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device),
+            torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, kv, z, cu_seqlens, scale, return_state = inputs
+    o, denominator, space, _, _ = output
+    ctx.save_for_backward(q, k, v, o, denominator, space, cu_seqlens)
+    ctx.scale, ctx.return_state = scale, return_state
+    ctx.want_state = kv is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
+    ctx.mark_non_differentiable(denominator, space)
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
+    q, k, v, o, denominator, space, cu_seqlens = ctx.saved_tensors
+    if not ctx.return_state:
+        grad_kv = grad_z = None
+    dq, dk, dv, dkv, dz = taylor_backward(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens,
+                                          ctx.scale, ctx.want_state)
+    return dq, dk, dv, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
+
+
+taylor_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, initial_state: TaylorState | None = None,
+            return_state: bool = False, cu_seqlens: Tensor | None = None) -> tuple[Tensor, TaylorState | None]:
+    """See `taylor_linear_attention`; the caller has asked `backends.taylor_backend` first."""
+    kv, z = initial_state if initial_state is not None else (None, None)
+    cu = None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
+    o, _, _, kv_out, z_out = taylor_forward(q, k, v, kv, z, cu, float(scale), return_state)
+    return o, TaylorState(kv_out, z_out) if return_state else None

@@ -1,0 +1,49 @@
+// based_mp._C: hands raw pointers, sizes and the current stream from Python to the launchers. No torch header needed.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "taylor_args.h"
+
+namespace {
+
+template <typename T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
+
+// names: kernels to launch in order. pointers, strides, sizes: in the order of TaylorArgs (see based_mp/ops/taylor_cuda.py).
+void launch(const std::vector<std::string>& names, const std::array<int64_t, 16>& pointers,
+            const std::array<int64_t, 12>& strides, const std::array<int, 11>& sizes, float scale, int64_t stream) {
+    static const std::map<std::string, int (*)(const TaylorArgs*)> kernels = {
+        {"segment_state", taylor_segment_state}, {"scan", taylor_scan}, {"forward", taylor_forward},
+        {"grad_rows", taylor_grad_rows}, {"backward_dq", taylor_backward_dq}, {"backward_dkdv", taylor_backward_dkdv}};
+    TaylorArgs a{};
+    const auto& p = pointers;
+    a.q = pointer<void>(p[0]); a.k = pointer<void>(p[1]); a.v = pointer<void>(p[2]);
+    a.cu_seqlens = pointer<int>(p[3]); a.space = pointer<float>(p[4]);
+    a.o = pointer<void>(p[5]); a.denominator = pointer<float>(p[6]);
+    a.grad_o = pointer<void>(p[7]); a.grad_rows = pointer<void>(p[8]);
+    a.dq = pointer<void>(p[9]); a.dk = pointer<void>(p[10]); a.dv = pointer<void>(p[11]);
+    a.kv_in = pointer<float>(p[12]); a.z_in = pointer<float>(p[13]);
+    a.kv_out = pointer<float>(p[14]); a.z_out = pointer<float>(p[15]);
+    for (int i = 0; i < 3; ++i) {
+        a.q_stride[i] = strides[i]; a.k_stride[i] = strides[3 + i];
+        a.v_stride[i] = strides[6 + i]; a.grad_stride[i] = strides[9 + i];
+    }
+    a.batch = sizes[0]; a.seq = sizes[1]; a.heads = sizes[2]; a.features = sizes[3]; a.head_dim = sizes[4];
+    a.docs = sizes[5]; a.segments = sizes[6]; a.segment = sizes[7]; a.slots = sizes[8];
+    a.exact = sizes[9]; a.reverse = sizes[10];
+    a.scale = scale;
+    a.stream = pointer<void>(stream);
+    for (const auto& name : names) {
+        const int code = kernels.at(name)(&a);
+        if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching taylor kernel " + name);
+    }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) { m.def("launch", &launch); }
