@@ -1,0 +1,41 @@
+"""Trains as launch/pretrain.py does and records every step: run_worker.py CONFIG OUT.json [STOP_AFTER] [FAULT]
+
+OUT.json gets [step, loss, gradient norm] of each step. FAULT die_in_save ends the process in the middle of a save.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from based_mp.config import load_config
+from based_mp.errors import run_cli
+from based_mp.parallel import state
+
+config = load_config(sys.argv[1])
+out = Path(sys.argv[2])
+stop_after = int(sys.argv[3]) if len(sys.argv) > 3 else None
+fault = sys.argv[4] if len(sys.argv) > 4 else "none"
+
+
+def main():
+    ranks = state.initialize(config.parallel.tensor_parallel_size, device="cpu", seed=config.training.seed)
+    from based_mp.training import checkpoint, loop
+    steps = []
+    if fault == "die_in_save":
+        checkpoint._describe = lambda *args: os._exit(9)
+    if fault == "disk_full":
+        def full(*args):
+            raise OSError(28, "No space left on device")
+        checkpoint._describe = full
+    trainer = loop.Trainer(config, ranks)
+    trainer.metrics.log_step = lambda step, loss, lr, norm: steps.append([step, loss, norm])
+    try:
+        trainer.run(stop_after)
+    finally:
+        if ranks.rank == 0:
+            out.write_text(json.dumps(steps))
+        state.destroy()
+
+
+run_cli(main)

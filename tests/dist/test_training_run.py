@@ -1,0 +1,136 @@
+"""Whole runs on two or four processes: resume, signals, faults while saving, other layouts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.indexed import write_index
+from tests.helpers import REPO, run_distributed
+from tests.models import tiny_config
+
+WORKER = REPO / "tests" / "dist" / "run_worker.py"
+LIMIT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """40 documents of 300 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lengths = np.full(40, 300, np.int32)
+    tokens = np.random.default_rng(0).zipf(1.5, int(lengths.sum()))
+    np.minimum(tokens, 119).astype(np.uint16).tofile(folder / "c.bin")
+    write_index(folder / "c.idx", lengths, np.dtype(np.uint16))
+    return folder / "c"
+
+
+def write_config(folder: Path, corpus: Path, name: str = "run", steps: int = 6, **parallel) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = tiny_config(
+        parallel=parallel, data={"train": [{"path": str(corpus)}], "cache_dir": str(corpus.parent / "cache")},
+        training={"steps": steps}, validation={"interval": 0}, logging={"log_interval": 1},
+        checkpoint={"dir": str(folder / name), "interval": 0})
+    file = folder / f"{name}.yaml"
+    file.write_text(config.to_yaml())
+    return file
+
+
+def train(processes, config, *args, check=True):
+    """[step, loss, gradient norm] of every step."""
+    out = config.with_suffix(".json")
+    outputs = run_distributed(processes, WORKER, [config, out, *args], check=check)
+    return json.loads(out.read_text()) if out.is_file() else [], outputs
+
+
+def tensors(value, name=""):
+    """Every tensor in a nested checkpoint, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key in value:
+            yield from tensors(value[key], f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{name}/{i}")
+
+
+@pytest.mark.parametrize("processes, tp, zero", [(2, 1, 1), (2, 2, 2), (2, 1, 3), (1, 1, 0)])
+def test_resume_is_bitwise(tmp_path, corpus, processes, tp, zero):
+    layout = {"tensor_parallel_size": tp, "zero_stage": zero}
+    straight = write_config(tmp_path, corpus, "straight", **layout)
+    broken = write_config(tmp_path, corpus, "broken", **layout)
+    whole, _ = train(processes, straight)
+    first, _ = train(processes, broken, 3)
+    rest, _ = train(processes, broken)
+    assert [step for step, *_ in first + rest] == [1, 2, 3, 4, 5, 6]
+    assert first + rest == whole
+    a, b = (tmp_path / name / "step_00000006" for name in ("straight", "broken"))
+    compared = 0
+    for file in sorted(a.glob("*.pt")):
+        ours, theirs = (dict(tensors(torch.load(p / file.name, weights_only=False))) for p in (a, b))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        compared += len(ours)
+    assert compared > 20
+
+
+def test_sigterm_saves_and_ends_cleanly(tmp_path, corpus):
+    config = write_config(tmp_path, corpus, steps=2000)
+    log = open(tmp_path / "log", "w+")
+    process = subprocess.Popen([sys.executable, "launch/pretrain.py", "--config", config], cwd=REPO, stdout=log,
+                               stderr=subprocess.STDOUT, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    try:
+        end = time.monotonic() + 60
+        while "step      3/" not in (tmp_path / "log").read_text() and process.poll() is None:
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        log.close()
+    saved = int((tmp_path / "run" / "latest").read_text().removeprefix("step_"))
+    assert saved >= 3
+    steps, _ = train(1, config, saved + 2)
+    assert [step for step, *_ in steps] == [saved + 1, saved + 2]
+
+
+@pytest.mark.parametrize("fault, code", [("die_in_save", None), ("disk_full", "No space left on device")])
+def test_failed_save_leaves_the_older_checkpoint(tmp_path, corpus, fault, code):
+    config = write_config(tmp_path, corpus)
+    before, _ = train(2, config, 2)
+    _, outputs = train(2, config, 4, fault, check=False)
+    if code:
+        assert all("error: cannot publish the checkpoint" in o and code in o or "another rank failed" in o
+                   for o in outputs), outputs
+    assert (tmp_path / "run" / "latest").read_text() == "step_00000002"
+    steps, _ = train(2, config, 3)
+    assert [step for step, *_ in before + steps] == [1, 2, 3]
+    assert not list((tmp_path / "run").glob(".writing_*"))
+
+
+@pytest.mark.timeout(300)
+def test_reshard(tmp_path, corpus):
+    """TP 2 × DP 2 goes on at other layouts with the same losses: same weights, moments and data order."""
+    straight = write_config(tmp_path, corpus, "straight", tensor_parallel_size=2, sequence_parallel=True)
+    expected = train(4, straight)[0][3:]
+    source = write_config(tmp_path, corpus, "source", tensor_parallel_size=2, sequence_parallel=True)
+    train(4, source, 3)
+    other = write_config(tmp_path, corpus, "source", tensor_parallel_size=1)
+    _, outputs = train(1, other, check=False)
+    assert "TP 2 × DP 2" in outputs[0] and "launch/convert.py reshard" in outputs[0]
+    for processes, tp in [(1, 1), (4, 1), (4, 4)]:
+        name = f"to_{tp}_{processes}"
+        subprocess.run([sys.executable, "launch/convert.py", "reshard", "--checkpoint", tmp_path / "source",
+                        "--output", tmp_path / name], cwd=REPO, check=True)
+        steps, _ = train(processes, write_config(tmp_path, corpus, name, tensor_parallel_size=tp))
+        assert [step for step, *_ in steps] == [4, 5, 6]
+        assert max(abs(a[1] - b[1]) for a, b in zip(steps, expected, strict=True)) < LIMIT
+        assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(steps, expected, strict=True)) < LIMIT
