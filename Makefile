@@ -69,8 +69,8 @@ test-fast: $(STAMP) ## the tests that need one process
 lint: $(STAMP) ## ruff
 	ruff check .
 
-bench: $(STAMP) ## benchmarks of benchmarks/ on this machine's GPU; each checks correctness first
-	for script in benchmarks/bench_*.py; do python $$script; done
+bench: $(STAMP) ## time linear attention on this machine's Hopper GPU, after a correctness check (`make kernels` first)
+	python benchmarks/linear_attention.py
 
 kernels: $(STAMP) ## build csrc/ as based_mp._C (nvcc and a CUDA build of torch)
 	$(BIN)/pip install -q setuptools wheel

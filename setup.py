@@ -29,6 +29,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
 
 
+def toolkit(nvcc: str) -> Path:
+    """The folder of the CUDA toolkit, from nvcc itself: what lies on PATH may be a wrapper."""
+    plan = subprocess.run([nvcc, "-dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
 def missing_for_cuda() -> str | None:
     """What keeps the kernels from being built, in one sentence; None when nothing does."""
     if not list((HERE / "csrc").glob("*.cu")):
@@ -57,7 +64,8 @@ def cuda_extension() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     nvcc = find_nvcc()
-    cuda = Path(nvcc).resolve().parent.parent
+    cuda = toolkit(nvcc)
+    libraries = [str(cuda / name) for name in ("lib64", "lib", "targets/x86_64-linux/lib") if (cuda / name).is_dir()]
 
     class Build(BuildExtension):
         """Compiles the kernels with nvcc directly: they include no torch header, so each takes seconds."""
@@ -72,8 +80,7 @@ def cuda_extension() -> dict[str, object]:
                 extension.extra_objects.append(str(target))
             super().build_extension(extension)
 
-    extension = CppExtension("based_mp._C", ["csrc/bindings.cpp"], include_dirs=[str(cuda / "include")],
-                             library_dirs=[str(cuda / "lib64")], libraries=["cudart"],
+    extension = CppExtension("based_mp._C", ["csrc/bindings.cpp"], library_dirs=libraries, libraries=["cudart"],
                              extra_compile_args=["-O2", "-std=c++17"])
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
 
