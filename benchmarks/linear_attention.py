@@ -101,7 +101,8 @@ def main() -> None:
                                            text=True).stdout.strip()
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,
               "largest_error": errors, "rows": []}
-    lines = ["| batch, heads, seq, head_dim | forward (goal) | backward (goal) | flash fwd / bwd |", "|---|---|---|---|"]
+    lines = ["| batch, heads, seq, head_dim | forward (goal) | backward (goal) | flash fwd / bwd |",
+             "|---|---|---|---|"]
     for shape in SHAPES:
         b, h, n, d = shape
         copies = max(2, -(-150_000_000 // (b * h * n * (32 + 3 * d) * 2)))

@@ -20,18 +20,13 @@ __global__ void __launch_bounds__(kThreads) backward_dkdv(const __grid_constant_
     const int head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
-    const bf16* from_q = (const bf16*)p.q + s.batch * p.q_stride[0] + s.first * p.q_stride[1] + head * p.q_stride[2];
-    const bf16* from_k = (const bf16*)p.k + s.batch * p.k_stride[0] + s.first * p.k_stride[1] + head * p.k_stride[2];
-    const bf16* from_v = (const bf16*)p.v + s.batch * p.v_stride[0] + s.first * p.v_stride[1] + head * p.v_stride[2];
-    const int64_t first = ((int64_t)s.batch * p.seq + s.first) * p.heads + head;
-    const int64_t es = (int64_t)p.heads * kWide<D>;
-    const bf16* from_e = (const bf16*)p.grad_rows + first * kWide<D>;
     auto fetch = [&](int chunk) {
         const int begin = chunk * kChunk, valid = min(kChunk, s.length - begin), b = chunk % Stages;
-        load_narrow(q + b * kChunk * kNarrow, from_q + begin * p.q_stride[1], p.q_stride[1], valid, p.features);
-        load_narrow(k + b * kChunk * kNarrow, from_k + begin * p.k_stride[1], p.k_stride[1], valid, p.features);
-        load_rows<D, kWide<D>>(v + b * kChunk * kWide<D>, from_v + begin * p.v_stride[1], p.v_stride[1], valid);
-        load_rows<kWide<D>, kWide<D>>(e + b * kChunk * kWide<D>, from_e + begin * es, es, valid);
+        load_narrow(q + b * kChunk * kNarrow, token_row(p.q, p.q_stride, s.batch, s.first + begin, head), p.q_stride[1], valid, p.features);
+        load_narrow(k + b * kChunk * kNarrow, token_row(p.k, p.k_stride, s.batch, s.first + begin, head), p.k_stride[1], valid, p.features);
+        load_rows<D, kWide<D>>(v + b * kChunk * kWide<D>, token_row(p.v, p.v_stride, s.batch, s.first + begin, head), p.v_stride[1], valid);
+        load_rows<kWide<D>, kWide<D>>(e + b * kChunk * kWide<D>, (const bf16*)p.grad_rows + token_index(p, s.batch, s.first + begin, head) * kWide<D>,
+                                      (int64_t)p.heads * kWide<D>, valid);
         copies_commit();
     };
     float state[D / 8 + 1][4];
@@ -58,7 +53,6 @@ __global__ void __launch_bounds__(kThreads) backward_dkdv(const __grid_constant_
             uint32_t x0[8], x1[8], a[4];
             load_own_rows(x0, x1, kc);
             const uint32_t own[4] = {x0[0], x1[0], x0[4], x1[4]};
-            const int64_t chunk_first = first + (int64_t)c * kChunk * p.heads;
             {
                 float dv[D / 8][4];
                 clear(dv);
@@ -88,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) backward_dkdv(const __grid_constant_
                 for (int half = 0; half < 2; ++half) {
                     const int row = warp * 16 + (lane >> 2) + half * 8;
                     if (row >= valid) continue;
-                    bf16* to = (bf16*)p.dv + (chunk_first + (int64_t)row * p.heads) * D + (lane & 3) * 2;
+                    bf16* to = (bf16*)p.dv + token_index(p, s.batch, s.first + c * kChunk + row, head) * D + (lane & 3) * 2;
                     #pragma unroll
                     for (int n = 0; n < D / 8; ++n)
                         *reinterpret_cast<uint32_t*>(to + n * 8) = pack(dv[n][2 * half], dv[n][2 * half + 1]);
@@ -115,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) backward_dkdv(const __grid_constant_
                 pack_operand(a, g);
                 times_rows<2, kNarrow>(dk, a, qc + j * 16 * kNarrow);
             }
-            store_narrow((bf16*)p.dk + chunk_first * p.features, (int64_t)p.heads * p.features, dk, valid, p.features);
+            store_narrow((bf16*)p.dk + token_index(p, s.batch, s.first + c * kChunk, head) * p.features, (int64_t)p.heads * p.features, dk, valid, p.features);
         }
         if (c > 0) update_state<D, false>(state, turned, ec, valid);
     }

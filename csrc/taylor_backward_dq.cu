@@ -18,18 +18,13 @@ __global__ void __launch_bounds__(kThreads) backward_dq(const __grid_constant__ 
     const int head = blockIdx.y, warp = threadIdx.x >> 5;
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
-    const bf16* from_q = (const bf16*)p.q + s.batch * p.q_stride[0] + s.first * p.q_stride[1] + head * p.q_stride[2];
-    const bf16* from_k = (const bf16*)p.k + s.batch * p.k_stride[0] + s.first * p.k_stride[1] + head * p.k_stride[2];
-    const bf16* from_v = (const bf16*)p.v + s.batch * p.v_stride[0] + s.first * p.v_stride[1] + head * p.v_stride[2];
-    const int64_t first = ((int64_t)s.batch * p.seq + s.first) * p.heads + head;
-    const int64_t es = (int64_t)p.heads * kWide<D>;
-    const bf16* from_e = (const bf16*)p.grad_rows + first * kWide<D>;
     auto fetch = [&](int chunk) {
         const int begin = chunk * kChunk, valid = min(kChunk, s.length - begin), b = chunk % Stages;
-        load_narrow(q + b * kChunk * kNarrow, from_q + begin * p.q_stride[1], p.q_stride[1], valid, p.features);
-        load_narrow(k + b * kChunk * kNarrow, from_k + begin * p.k_stride[1], p.k_stride[1], valid, p.features);
-        load_rows<D, kWide<D>>(v + b * kChunk * kWide<D>, from_v + begin * p.v_stride[1], p.v_stride[1], valid);
-        load_rows<kWide<D>, kWide<D>>(e + b * kChunk * kWide<D>, from_e + begin * es, es, valid);
+        load_narrow(q + b * kChunk * kNarrow, token_row(p.q, p.q_stride, s.batch, s.first + begin, head), p.q_stride[1], valid, p.features);
+        load_narrow(k + b * kChunk * kNarrow, token_row(p.k, p.k_stride, s.batch, s.first + begin, head), p.k_stride[1], valid, p.features);
+        load_rows<D, kWide<D>>(v + b * kChunk * kWide<D>, token_row(p.v, p.v_stride, s.batch, s.first + begin, head), p.v_stride[1], valid);
+        load_rows<kWide<D>, kWide<D>>(e + b * kChunk * kWide<D>, (const bf16*)p.grad_rows + token_index(p, s.batch, s.first + begin, head) * kWide<D>,
+                                      (int64_t)p.heads * kWide<D>, valid);
         copies_commit();
     };
     float state[D / 8 + 1][4];
@@ -77,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) backward_dq(const __grid_constant__ 
                 pack_operand(a, g);
                 times_rows<2, kNarrow>(dq, a, kc + j * 16 * kNarrow);
             }
-            store_narrow((bf16*)p.dq + (first + (int64_t)c * kChunk * p.heads) * p.features,
+            store_narrow((bf16*)p.dq + token_index(p, s.batch, s.first + c * kChunk, head) * p.features,
                          (int64_t)p.heads * p.features, dq, valid, p.features);
         }
         if (c + 1 < chunks) update_state<D, false>(state, turned, vc, valid);

@@ -25,6 +25,19 @@ using bf16 = __nv_bfloat16;
 
 template <int D> constexpr int kWide = D + 8;    // row stride of value tiles and of the state
 
+// Lane and warp, opaque to the optimiser: addresses made from them are computed where they are used instead of being
+// held in registers all along the walk over chunks.
+__device__ __forceinline__ int lane_id() {
+    int lane = threadIdx.x & 31;
+    asm volatile("" : "+r"(lane));
+    return lane;
+}
+__device__ __forceinline__ int warp_id() {
+    int warp = threadIdx.x >> 5;
+    asm volatile("" : "+r"(warp));
+    return warp;
+}
+
 __device__ __forceinline__ uint32_t address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -60,7 +73,7 @@ __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 1
 __device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
     uint32_t r;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    asm volatile("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
 // a*b - product, exactly what rounding `product` left out.
@@ -106,6 +119,17 @@ __device__ __forceinline__ bool find_segment(const TaylorArgs& p, int slot, Segm
 }
 
 // ---------------------------------------------------------------------------------------------------- loading
+// Row `token` of [batch, seq, heads, ...]. The empty asm keeps the compiler from holding 64-bit pointers in registers
+// all along the walk over chunks: recomputing them is cheaper than spilling.
+__device__ __forceinline__ const bf16* token_row(const void* x, const int64_t* stride, int batch, int token, int head) {
+    asm volatile("" : "+r"(batch), "+r"(token), "+r"(head));
+    return (const bf16*)x + batch * stride[0] + token * stride[1] + head * stride[2];
+}
+// Index of the same row in contiguous [batch, seq, heads].
+__device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, int token, int head) {
+    asm volatile("" : "+r"(batch), "+r"(token), "+r"(head));
+    return ((int64_t)batch * p.seq + token) * p.heads + head;
+}
 // Rows of `Columns` elements into a tile of row stride `Stride`; rows past `valid` become zeros.
 template <int Columns, int Stride>
 __device__ __forceinline__ void load_rows(bf16* tile, const bf16* from, int64_t stride, int valid) {
@@ -133,7 +157,7 @@ __device__ __forceinline__ void set_ones(bf16* tile, int valid) {
 }
 // transposed[i][token] = transposed[i + 16][token] = tile[token][i] for the warp's 16 tokens.
 __device__ __forceinline__ void transpose_rows(bf16* transposed, const bf16* tile) {
-    const int lane = threadIdx.x & 31, token = (threadIdx.x >> 5) * 16;
+    const int lane = lane_id(), token = warp_id() * 16;
     uint32_t x[4];
     ldsm4t(x, address(tile + (token + (lane & 7) + (lane >> 4) * 8) * kNarrow + ((lane >> 3) & 1) * 8));
     // x0: i 0-7, tokens 0-7; x1: i 8-15, tokens 0-7; x2, x3: tokens 8-15
@@ -146,8 +170,8 @@ __device__ __forceinline__ void transpose_rows(bf16* transposed, const bf16* til
 }
 // The 16 values of rows g and g + 8 of the warp's tile, rotated by 2t: x[m] holds elements 2t + 2m and 2t + 2m + 1.
 __device__ __forceinline__ void load_own_rows(uint32_t (&x0)[8], uint32_t (&x1)[8], const bf16* tile) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const bf16* row = tile + ((threadIdx.x >> 5) * 16 + g) * kNarrow;
+    const int lane = lane_id(), g = lane >> 2, t = lane & 3;
+    const bf16* row = tile + (warp_id() * 16 + g) * kNarrow;
     #pragma unroll
     for (int m = 0; m < 8; ++m) {
         int c = (2 * t + 2 * m) & 15;
@@ -175,7 +199,7 @@ __device__ __forceinline__ float row_weight(int row, float scale) {
 template <int D, bool Exact>
 __device__ __forceinline__ void update_state(float (&state)[D / 8 + 1][4], const bf16* transposed, const bf16* y,
                                              int valid) {
-    const int lane = threadIdx.x & 31, tile = threadIdx.x >> 5, r = tile - 1;
+    const int lane = lane_id(), tile = warp_id(), r = tile - 1;
     const int row = lane & 15, column = (lane >> 4) * 8;
     const uint32_t plain = address(transposed + row * kTransposed + column);
     const uint32_t turned = address(transposed + (row + max(r, 0)) * kTransposed + column);
@@ -217,7 +241,7 @@ __device__ __forceinline__ void update_state(float (&state)[D / 8 + 1][4], const
 // The weighted state as bf16 operand: shared[row][column] = g_row * state.
 template <int D>
 __device__ __forceinline__ void publish_state(bf16* shared, const float (&state)[D / 8 + 1][4], float scale) {
-    const int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * 16 + (lane >> 2);
+    const int lane = lane_id(), row = warp_id() * 16 + (lane >> 2);
     const float w0 = row_weight(row, scale), w1 = row_weight(row + 8, scale);
     #pragma unroll
     for (int n = 0; n <= D / 8; ++n) {
@@ -234,7 +258,7 @@ __device__ __forceinline__ float* slot_state(const TaylorArgs& p, float* space, 
 }
 template <int D, bool Store>
 __device__ __forceinline__ void move_state(float (&state)[D / 8 + 1][4], float* space) {
-    const int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * 16 + (lane >> 2);
+    const int lane = lane_id(), row = warp_id() * 16 + (lane >> 2);
     #pragma unroll
     for (int n = 0; n <= D / 8; ++n)
         #pragma unroll
@@ -268,7 +292,7 @@ __device__ __forceinline__ void features(uint32_t (&a)[4], const uint32_t (&x0)[
 // acc[n] += a [16 x 16] * rows [16 tokens or features][columns], n = 0 .. N-1 column tiles of 8, from row-major memory.
 template <int N, int Stride>
 __device__ __forceinline__ void times_rows(float (&acc)[N][4], const uint32_t (&a)[4], const bf16* rows) {
-    const int lane = threadIdx.x & 31;
+    const int lane = lane_id();
     const uint32_t at = address(rows + (lane & 15) * Stride + (lane >> 4) * 8);
     #pragma unroll
     for (int n = 0; n < N / 2; ++n) {
@@ -287,8 +311,8 @@ __device__ __forceinline__ void times_rows(float (&acc)[N][4], const uint32_t (&
 template <int D> struct ValueRows { uint32_t a[D / 16][4]; uint32_t last[2]; };
 template <int D>
 __device__ __forceinline__ void load_value_rows(ValueRows<D>& rows, const bf16* tile) {
-    const int lane = threadIdx.x & 31;
-    const bf16* own = tile + ((threadIdx.x >> 5) * 16 + (lane & 15)) * kWide<D>;
+    const int lane = lane_id();
+    const bf16* own = tile + (warp_id() * 16 + (lane & 15)) * kWide<D>;
     #pragma unroll
     for (int k = 0; k < D / 16; ++k) ldsm4(rows.a[k], address(own + k * 16 + (lane >> 4) * 8));
     ldsm2(rows.last, address(own + D));
@@ -296,7 +320,7 @@ __device__ __forceinline__ void load_value_rows(ValueRows<D>& rows, const bf16* 
 // acc [16 x 16] += own rows * (16 rows [D + 8] of memory)^T.
 template <int D>
 __device__ __forceinline__ void times_rows_transposed(float (&acc)[2][4], const ValueRows<D>& rows, const bf16* with) {
-    const int lane = threadIdx.x & 31;
+    const int lane = lane_id();
     const uint32_t at = address(with + ((lane & 7) + (lane >> 4) * 8) * kWide<D> + ((lane >> 3) & 1) * 8);
     #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
@@ -312,7 +336,7 @@ __device__ __forceinline__ void times_rows_transposed(float (&acc)[2][4], const 
 }
 // scores [16 x 16] = own rows (held by load_own_rows) * (16 rows of a q or k tile)^T
 __device__ __forceinline__ void raw_scores(float (&s)[2][4], const uint32_t (&a)[4], const bf16* with) {
-    const int lane = threadIdx.x & 31;
+    const int lane = lane_id();
     uint32_t b[4];
     ldsm4(b, address(with + ((lane & 7) + (lane >> 4) * 8) * kNarrow + ((lane >> 3) & 1) * 8));
     clear(s);
@@ -335,8 +359,7 @@ __device__ __forceinline__ void through_state(float (&dx)[2][4], const ValueRows
     #pragma unroll
     for (int tile = 0; tile < 10; ++tile) {
         const int r = tile - 1;
-        int lane = threadIdx.x & 31;
-        asm volatile("" : "+r"(lane));           // or the permutations below would be kept in registers all along
+        const int lane = lane_id();
         const int g = lane >> 2, t = lane & 3;
         float d[2][4];
         clear(d);
@@ -381,7 +404,7 @@ __device__ __forceinline__ void through_state(float (&dx)[2][4], const ValueRows
 }
 // Writes [16 tokens][16 or 8] of the gradient of q or k.
 __device__ __forceinline__ void store_narrow(bf16* to, int64_t stride, const float (&dx)[2][4], int valid, int features) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, base = (threadIdx.x >> 5) * 16;
+    const int lane = lane_id(), g = lane >> 2, t = lane & 3, base = warp_id() * 16;
     #pragma unroll
     for (int n = 0; n < 2; ++n)
         #pragma unroll

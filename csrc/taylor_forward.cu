@@ -14,15 +14,11 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Tayl
     const int head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
-    const bf16* from_q = (const bf16*)p.q + s.batch * p.q_stride[0] + s.first * p.q_stride[1] + head * p.q_stride[2];
-    const bf16* from_k = (const bf16*)p.k + s.batch * p.k_stride[0] + s.first * p.k_stride[1] + head * p.k_stride[2];
-    const bf16* from_v = (const bf16*)p.v + s.batch * p.v_stride[0] + s.first * p.v_stride[1] + head * p.v_stride[2];
-    const int64_t first = ((int64_t)s.batch * p.seq + s.first) * p.heads + head;
     auto fetch = [&](int chunk) {
         const int begin = chunk * kChunk, valid = min(kChunk, s.length - begin), b = chunk & 1;
-        load_narrow(q + b * kChunk * kNarrow, from_q + begin * p.q_stride[1], p.q_stride[1], valid, p.features);
-        load_narrow(k + b * kChunk * kNarrow, from_k + begin * p.k_stride[1], p.k_stride[1], valid, p.features);
-        load_rows<D, kWide<D>>(v + b * kChunk * kWide<D>, from_v + begin * p.v_stride[1], p.v_stride[1], valid);
+        load_narrow(q + b * kChunk * kNarrow, token_row(p.q, p.q_stride, s.batch, s.first + begin, head), p.q_stride[1], valid, p.features);
+        load_narrow(k + b * kChunk * kNarrow, token_row(p.k, p.k_stride, s.batch, s.first + begin, head), p.k_stride[1], valid, p.features);
+        load_rows<D, kWide<D>>(v + b * kChunk * kWide<D>, token_row(p.v, p.v_stride, s.batch, s.first + begin, head), p.v_stride[1], valid);
         copies_commit();
     };
     float state[D / 8 + 1][4];
@@ -75,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Tayl
                 const float den = __shfl_sync(~0u, acc[D / 8][2 * half], lane & ~3), inverse = 1.f / den;
                 const int row = warp * 16 + (lane >> 2) + half * 8;
                 if (row >= valid) continue;
-                const int64_t at = first + (int64_t)(c * kChunk + row) * p.heads;
+                const int64_t at = token_index(p, s.batch, s.first + c * kChunk + row, head);
                 if ((lane & 3) == 0) p.denominator[at] = den;
                 bf16* o = (bf16*)p.o + at * D + (lane & 3) * 2;
                 #pragma unroll
