@@ -84,12 +84,12 @@ def estimate_text(config: Config, world_size: int, tokens: float = 10e9, mfu: fl
     dp, accumulation = config.check_world(world_size)
     training = config.training
     lines = [f"parameters        {total:,}"]
-    lines += [f"  {name:16}{value:,}" for name, value in counts.items()]
+    lines += [f"  {name:20}{value:,}" for name, value in counts.items()]
     lines += [f"FLOPs per token   {flops:,.0f}  (3 × (2 × matrix parameters + mixing))"]
     memory = memory_per_gpu(config, world_size)
     lines += [f"bytes per GPU     {sum(memory.values()) / GIB:.2f} GiB  (tensor parallel "
               f"{config.parallel.tensor_parallel_size}, data parallel {dp}, ZeRO {config.parallel.zero_stage})"]
-    lines += [f"  {name:16}{value / GIB:.2f} GiB" for name, value in memory.items()]
+    lines += [f"  {name:20}{value / GIB:.2f} GiB" for name, value in memory.items()]
     batch_tokens = training.global_batch_size * training.seq_length
     lines += [f"batch             {training.micro_batch_size} sequences × {accumulation} micro-batches × {dp} ranks = "
               f"{training.global_batch_size} sequences = {batch_tokens:,} tokens",
