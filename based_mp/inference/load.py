@@ -69,9 +69,9 @@ def full_state(checkpoint: Path, model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _fp32_state(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
-    if meta["universal"]:
-        raise UserError(f"{checkpoint} is a resharded training state: train one step from it, or generate from the "
-                        "checkpoint it was made of")
+    if meta["universal"]:                                            # every parameter whole, in a folder of its name
+        return {path.parent.name: torch.load(path, map_location="cpu", weights_only=False)["param"]
+                for path in sorted((checkpoint / "zero").glob("*/fp32.pt"))}
     if meta["layout"]["tensor_parallel"] > 1:
         raise UserError(f"{checkpoint} was saved with ZeRO-3 and tensor parallelism, which cannot be merged: save "
                         "with parallel.zero_stage 1 or 2")

@@ -72,6 +72,8 @@ class Trainer:
                 self._log(losses, lr)
                 losses = []
             asked = self.stop.agreed()
+            if losses and (asked or self._due(config.checkpoint.interval)):
+                self._mean_loss(losses)                                  # what is no number must not be saved
             if not asked:
                 self._periodic()
         if asked:
@@ -131,10 +133,18 @@ class Trainer:
         return squares.sum().sqrt()
 
     def _log(self, losses: list[Tensor], lr: float) -> None:
-        mean = torch.stack(losses)
-        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
-        check_loss(mean.mean().item(), self.step, self.config.checkpoint.dir if self.saved_at else None)
-        self.metrics.log_step(self.step, mean.mean().item(), lr, float(self.grad_norm))
+        self.metrics.log_step(self.step, self._mean_loss(losses), lr, float(self.grad_norm))
+
+    def _mean_loss(self, losses: list[Tensor]) -> float:
+        """Over the ranks and the steps since the last log line. Raises UserError at the first that is no number."""
+        sums = torch.stack(losses)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        values = sums.tolist()
+        directory = self.config.checkpoint.dir
+        saved = str(Path(directory) / ckpt.step_name(self.saved_at)) if directory and self.saved_at else None
+        for step, value in enumerate(values, self.step - len(values) + 1):
+            check_loss(value, step, saved)
+        return sum(values) / len(values)
 
     @torch.no_grad()
     def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> None:

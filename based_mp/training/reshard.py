@@ -52,6 +52,9 @@ def check_convertible(meta: dict[str, Any], checkpoint: Path) -> None:
     if meta["universal"]:
         raise UserError(f"{checkpoint} is universal already: start a run of any layout with checkpoint.dir="
                         f"{checkpoint.parent}")
+    if meta.get("weights_only"):
+        raise UserError(f"{checkpoint} holds imported weights alone, which load at any layout as they are: set "
+                        f"checkpoint.dir={checkpoint.parent}")
     if layout["zero_stage"] == 0:
         raise UserError(f"{checkpoint} was saved with ZeRO 0, which has no shards to convert: go on from it with its "
                         "layout, or train with parallel.zero_stage=1")

@@ -1,6 +1,7 @@
 """Trains as launch/pretrain.py does and records every step: run_worker.py CONFIG OUT.json [STOP_AFTER] [FAULT]
 
-OUT.json gets [step, loss, gradient norm] of each step. FAULT die_in_save ends the process in the middle of a save.
+OUT.json gets [step, loss, gradient norm] of each step. FAULT: die_in_save (the process ends in the middle of a save),
+disk_full (the save fails), nan (so is the loss of step 3).
 """
 
 import json
@@ -28,6 +29,13 @@ def main():
         def full(*args):
             raise OSError(28, "No space left on device")
         checkpoint._describe = full
+    if fault == "nan":
+        losses, calls = loop.token_losses, []
+
+        def broken(*args):
+            calls.append(1)
+            return losses(*args) * (float("nan") if len(calls) > 2 * trainer.accumulation else 1)
+        loop.token_losses = broken
     trainer = loop.Trainer(config, ranks)
     trainer.metrics.log_step = lambda step, loss, lr, norm: steps.append([step, loss, norm])
     try:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from based_mp.inference.load import full_state
+from based_mp.model.based_model import build_model
 from data_prep.indexed import write_index
 from tests.helpers import REPO, run_distributed
 from tests.models import tiny_config
@@ -31,12 +33,13 @@ def corpus(tmp_path_factory) -> Path:
     return folder / "c"
 
 
-def write_config(folder: Path, corpus: Path, name: str = "run", steps: int = 6, **parallel) -> Path:
+def write_config(folder: Path, corpus: Path, name: str = "run", steps: int = 6, log_interval: int = 1,
+                 save_interval: int = 0, **parallel) -> Path:
     folder.mkdir(exist_ok=True)
     config = tiny_config(
         parallel=parallel, data={"train": [{"path": str(corpus)}], "cache_dir": str(corpus.parent / "cache")},
-        training={"steps": steps}, validation={"interval": 0}, logging={"log_interval": 1},
-        checkpoint={"dir": str(folder / name), "interval": 0})
+        training={"steps": steps}, validation={"interval": 0}, logging={"log_interval": log_interval},
+        checkpoint={"dir": str(folder / name), "interval": save_interval})
     file = folder / f"{name}.yaml"
     file.write_text(config.to_yaml())
     return file
@@ -116,8 +119,15 @@ def test_failed_save_leaves_the_older_checkpoint(tmp_path, corpus, fault, code):
     assert not list((tmp_path / "run").glob(".writing_*"))
 
 
+def test_loss_that_is_no_number_is_not_saved(tmp_path, corpus):
+    config = write_config(tmp_path, corpus, log_interval=100, save_interval=1)
+    _, outputs = train(1, config, 6, "nan", check=False)
+    assert "error: the loss of step 3 is nan" in outputs[0] and "step_00000002" in outputs[0]
+    assert (tmp_path / "run" / "latest").read_text() == "step_00000002"
+
+
 @pytest.mark.timeout(300)
-def test_reshard(tmp_path, corpus):
+def test_reshard(tmp_path, corpus, gloo_process):
     """TP 2 × DP 2 goes on at other layouts with the same losses: same weights, moments and data order."""
     straight = write_config(tmp_path, corpus, "straight", tensor_parallel_size=2, sequence_parallel=True)
     expected = train(4, straight)[0][3:]
@@ -134,3 +144,6 @@ def test_reshard(tmp_path, corpus):
         assert [step for step, *_ in steps] == [4, 5, 6]
         assert max(abs(a[1] - b[1]) for a, b in zip(steps, expected, strict=True)) < LIMIT
         assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(steps, expected, strict=True)) < LIMIT
+    model = build_model(tiny_config())
+    source, universal = (full_state(tmp_path / name / "step_00000003", model) for name in ("source", "to_1_1"))
+    assert all(torch.equal(source[name], universal[name]) for name in source)
