@@ -126,6 +126,14 @@ def test_loss_that_is_no_number_is_not_saved(tmp_path, corpus):
     assert (tmp_path / "run" / "latest").read_text() == "step_00000002"
 
 
+def test_zero_0_counts_the_gradient_norm_as_zero_1_does(tmp_path, corpus):
+    """DeepSpeed reports none at stage 0: the loop sums it, over tensor-parallel ranks once each."""
+    four, _ = train(4, write_config(tmp_path, corpus, "four", tensor_parallel_size=2, zero_stage=0), 3)
+    one, _ = train(1, write_config(tmp_path, corpus, "one"), 3)
+    assert max(abs(a[1] - b[1]) for a, b in zip(four, one, strict=True)) < LIMIT
+    assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(four, one, strict=True)) < LIMIT
+
+
 @pytest.mark.timeout(300)
 def test_reshard(tmp_path, corpus, gloo_process):
     """TP 2 × DP 2 goes on at other layouts with the same losses: same weights, moments and data order."""
