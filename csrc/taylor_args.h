@@ -21,6 +21,7 @@ struct TaylorArgs {
     int batch, seq, heads, features, head_dim;
     int docs, segments, segment, slots;                 // segments of `segment` tokens each document (fixed lengths)
     int exact, reverse;
+    int summed;                                         // taylor_scan ran on `space`; else the readers add up segments
     float scale;
     void* stream;
 };

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) backward_dkdv(const __grid_constant_
     clear(state);
     const int chunks = (s.length + kChunk - 1) / kChunk;
     if (Stages == 2) fetch(chunks - 1);
-    if (p.space) move_state<D, false>(state, slot_state<D>(p, p.space, blockIdx.x, head));
+    if (p.space) load_state<D, true>(state, p, blockIdx.x, head, s.doc);
     for (int c = chunks - 1; c >= 0; --c) {
         const int valid = min(kChunk, s.length - c * kChunk), b = c % Stages, tiles = (valid + 15) / 16;
         const bf16* qc = q + b * kChunk * kNarrow;

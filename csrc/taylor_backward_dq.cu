@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) backward_dq(const __grid_constant__ 
     float state[D / 8 + 1][4];
     clear(state);
     if (Stages == 2) fetch(0);
-    if (p.space) move_state<D, false>(state, slot_state<D>(p, p.space, blockIdx.x, head));
+    if (p.space) load_state<D, false>(state, p, blockIdx.x, head, s.doc);
     const int chunks = (s.length + kChunk - 1) / kChunk;
     for (int c = 0; c < chunks; ++c) {
         const int valid = min(kChunk, s.length - c * kChunk), b = c % Stages;

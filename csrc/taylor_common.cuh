@@ -256,17 +256,40 @@ template <int D>
 __device__ __forceinline__ float* slot_state(const TaylorArgs& p, float* space, int slot, int head) {
     return space + ((int64_t)slot * p.heads + head) * kRows * kWide<D>;
 }
-template <int D, bool Store>
-__device__ __forceinline__ void move_state(float (&state)[D / 8 + 1][4], float* space) {
-    const int lane = lane_id(), row = warp_id() * 16 + (lane >> 2);
+template <int D>
+__device__ __forceinline__ void store_state(const float (&state)[D / 8 + 1][4], float* space) {
+    const int row = warp_id() * 16 + (lane_id() >> 2), column = (lane_id() & 3) * 2;
     #pragma unroll
     for (int n = 0; n <= D / 8; ++n)
         #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float2* at = reinterpret_cast<float2*>(space + (row + 8 * half) * kWide<D> + n * 8 + (lane & 3) * 2);
-            if (Store) *at = make_float2(state[n][2 * half], state[n][2 * half + 1]);
-            else { float2 x = *at; state[n][2 * half] = x.x; state[n][2 * half + 1] = x.y; }
-        }
+        for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float2*>(space + (row + 8 * half) * kWide<D> + n * 8 + column) =
+                make_float2(state[n][2 * half], state[n][2 * half + 1]);
+}
+// state (cleared) += the state before the segment of `slot` (behind it, if Reverse): its own entry once taylor_scan ran,
+// else the sum over the document's earlier (later) segments, in order.
+template <int D, bool Reverse>
+__device__ __forceinline__ void load_state(float (&state)[D / 8 + 1][4], const TaylorArgs& p, int slot, int head, int doc) {
+    int from = slot, to = slot + 1;
+    if (!p.summed) {
+        const int begin = first_slot(p, doc);
+        const int count = p.cu_seqlens ? (p.cu_seqlens[doc + 1] - p.cu_seqlens[doc] + p.segment - 1) / p.segment : p.segments;
+        from = Reverse ? slot + 1 : begin;
+        to = Reverse ? begin + count : slot;
+    }
+    const int row = warp_id() * 16 + (lane_id() >> 2), column = (lane_id() & 3) * 2;
+    #pragma unroll 1
+    for (int i = from; i < to; ++i) {
+        const float* space = slot_state<D>(p, p.space, i, head);
+        #pragma unroll
+        for (int n = 0; n <= D / 8; ++n)
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 x = *reinterpret_cast<const float2*>(space + (row + 8 * half) * kWide<D> + n * 8 + column);
+                state[n][2 * half] += x.x;
+                state[n][2 * half + 1] += x.y;
+            }
+    }
 }
 template <int N>
 __device__ __forceinline__ void clear(float (&x)[N][4]) {

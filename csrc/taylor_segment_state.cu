@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) segment_state(const __grid_constant_
         __syncthreads();
         update_state<D, Exact>(state, turned, y + b * kChunk * kWide<D>, valid);
     }
-    move_state<D, true>(state, slot_state<D>(p, p.space, blockIdx.x, head));
+    store_state<D>(state, slot_state<D>(p, p.space, blockIdx.x, head));
 }
 
 template <int D> static int run(const TaylorArgs& p) {

@@ -18,6 +18,7 @@ from based_mp.ops.reference import TaylorState, taylor_feature_dim
 
 CHUNK = 160            # tokens a block handles at a time (kChunk of csrc/taylor_common.cuh)
 ROWS = 160             # feature rows of a segment state in the work space
+SEGMENTS_WITHOUT_SCAN = 16
 BLOCKS = 132           # blocks that fill an H100; a constant, so that shapes do not depend on the device
 
 
@@ -50,7 +51,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, reverse: bool = False,
-            exact: bool = False, **tensors: Tensor | None) -> None:
+            exact: bool = False, summed: bool = False, **tensors: Tensor | None) -> None:
     b, s, h, f = q.shape
     grad_o = tensors.get("grad_o")
     order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_rows", "dq", "dk", "dv", "kv_in", "z_in",
@@ -58,9 +59,15 @@ def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: f
     given = [q, k, v] + [tensors.get(name) for name in order]
     pointers = [0 if x is None else x.data_ptr() for x in given]
     strides = [n for x in (q, k, v, v if grad_o is None else grad_o) for n in x.stride()[:3]]
-    sizes = [b, s, h, f, v.shape[-1], p.docs, p.segments, p.length, p.slots, int(exact), int(reverse)]
+    sizes = [b, s, h, f, v.shape[-1], p.docs, p.segments, p.length, p.slots, int(exact), int(reverse),
+             int(summed)]
     with torch.cuda.device(q.device):
         extension().launch(names, pointers, strides, sizes, scale, torch.cuda.current_stream().cuda_stream)
+
+
+def _needs_scan(p: Plan, with_states: bool) -> bool:
+    """A scan kernel between segment sums and outputs; for few segments the readers add them up themselves."""
+    return with_states or p.segments > SEGMENTS_WITHOUT_SCAN
 
 
 def _shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Plan, tuple[int, ...], tuple[int, ...]]:
@@ -79,54 +86,57 @@ def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor
     q, k, v = (_aligned(x) for x in (q, k, v))
     o = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
     denominator = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-    scan = return_state or kv is not None or p.slots > p.docs
-    space = torch.empty(space_shape if scan else (0,), dtype=torch.float32, device=v.device)
+    scan = _needs_scan(p, return_state or kv is not None)
+    split = scan or p.slots > p.docs
+    space = torch.empty(space_shape if split else (0,), dtype=torch.float32, device=v.device)
     kv_out = torch.empty(kv_shape if return_state else (0,), dtype=torch.float32, device=v.device)
     z_out = torch.empty(kv_shape[:-1] if return_state else (0,), dtype=torch.float32, device=v.device)
     kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
-    _launch((["segment_state", "scan"] if scan else []) + ["forward"], p, q, k, v, scale, exact=return_state,
-            cu_seqlens=cu_seqlens, space=space if scan else None, o=o, denominator=denominator, kv_in=kv, z_in=z,
-            kv_out=kv_out if return_state else None, z_out=z_out if return_state else None)
+    _launch(["segment_state"] * split + ["scan"] * scan + ["forward"], p, q, k, v, scale, exact=return_state,
+            summed=scan, cu_seqlens=cu_seqlens, space=space if split else None, o=o, denominator=denominator,
+            kv_in=kv, z_in=z, kv_out=kv_out if return_state else None, z_out=z_out if return_state else None)
     return o.to(dtype), denominator, space, kv_out, z_out
 
 
 @taylor_forward.register_fake
 def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
-    scan = return_state or kv is not None or p.slots > p.docs
+    split = _needs_scan(p, return_state or kv is not None) or p.slots > p.docs
     full = {"dtype": torch.float32, "device": v.device}
     return (torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(v.shape[:3], **full),
-            torch.empty(space_shape if scan else (0,), **full), torch.empty(kv_shape if return_state else (0,), **full),
+            torch.empty(space_shape if split else (0,), **full),
+            torch.empty(kv_shape if return_state else (0,), **full),
             torch.empty(kv_shape[:-1] if return_state else (0,), **full))
 
 
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
 def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-                    want_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z."""
+                    want_state: bool, summed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z; `summed`: the forward ran a scan."""
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
     dtype = v.dtype
     q, k, v, grad_o = (_aligned(x) for x in (q, k, v, grad_o))
     o = o.to(torch.bfloat16).contiguous()
     rows = torch.empty(*v.shape[:3], v.shape[-1] + 8, dtype=torch.bfloat16, device=v.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))
-    scan = want_state or grad_kv is not None or p.slots > p.docs
+    scan = _needs_scan(p, want_state or grad_kv is not None)
+    split = scan or p.slots > p.docs
     grad_kv, grad_z = (None if x is None else x.float().contiguous() for x in (grad_kv, grad_z))
     dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
     common = {"cu_seqlens": cu_seqlens, "grad_rows": rows}
     _launch(["grad_rows", "backward_dq"], p, q, k, v, scale, o=o, denominator=denominator, grad_o=grad_o, dq=dq,
-            space=space if space.numel() else None, **common)
-    suffix = torch.empty(space_shape, dtype=torch.float32, device=v.device) if scan else None
-    _launch((["segment_state", "scan"] if scan else []) + ["backward_dkdv"], p, q, k, v, scale, reverse=True,
-            space=suffix, dk=dk, dv=dv, kv_in=grad_kv, z_in=grad_z, kv_out=dkv if want_state else None,
+            space=space if space.numel() else None, summed=summed, **common)
+    suffix = torch.empty(space_shape, dtype=torch.float32, device=v.device) if split else None
+    _launch(["segment_state"] * split + ["scan"] * scan + ["backward_dkdv"], p, q, k, v, scale, reverse=True,
+            summed=scan, space=suffix, dk=dk, dv=dv, kv_in=grad_kv, z_in=grad_z, kv_out=dkv if want_state else None,
             z_out=dz if want_state else None, **common)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dkv, dz
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state):
+def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state, summed=False):
     _, _, kv_shape = _shapes(q, v, cu_seqlens)
     return (*(torch.empty(x.shape, dtype=v.dtype, device=v.device) for x in (q, k, v)),
             torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device),
@@ -139,6 +149,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, o, denominator, space, cu_seqlens)
     ctx.scale, ctx.return_state = scale, return_state
     ctx.want_state = kv is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
+    ctx.summed = _needs_scan(_shapes(q, v, cu_seqlens)[0], return_state or kv is not None)
     ctx.mark_non_differentiable(denominator, space)
     ctx.set_materialize_grads(True)
 
@@ -148,7 +159,7 @@ def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
     if not ctx.return_state:
         grad_kv = grad_z = None
     dq, dk, dv, dkv, dz = taylor_backward(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens,
-                                          ctx.scale, ctx.want_state)
+                                          ctx.scale, ctx.want_state, ctx.summed)
     return dq, dk, dv, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
 
 
