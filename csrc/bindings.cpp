@@ -18,14 +18,14 @@ template <typename T> T* pointer(int64_t address) { return reinterpret_cast<T*>(
 void launch(const std::vector<std::string>& names, const std::array<int64_t, 16>& pointers,
             const std::array<int64_t, 12>& strides, const std::array<int, 12>& sizes, float scale, int64_t stream) {
     static const std::map<std::string, int (*)(const TaylorArgs*)> kernels = {
-        {"segment_state", taylor_segment_state}, {"scan", taylor_scan}, {"forward", taylor_forward},
-        {"grad_rows", taylor_grad_rows}, {"backward_dq", taylor_backward_dq}, {"backward_dkdv", taylor_backward_dkdv}};
+        {"segment_state", taylor_segment_state}, {"scan", taylor_scan}, {"output", taylor_output},
+        {"grad_dot", taylor_grad_dot}, {"gradient", taylor_gradient}};
     TaylorArgs a{};
     const auto& p = pointers;
     a.q = pointer<void>(p[0]); a.k = pointer<void>(p[1]); a.v = pointer<void>(p[2]);
     a.cu_seqlens = pointer<int>(p[3]); a.space = pointer<float>(p[4]);
     a.o = pointer<void>(p[5]); a.denominator = pointer<float>(p[6]);
-    a.grad_o = pointer<void>(p[7]); a.grad_rows = pointer<void>(p[8]);
+    a.grad_o = pointer<void>(p[7]); a.grad_dot = pointer<float>(p[8]);
     a.dq = pointer<void>(p[9]); a.dk = pointer<void>(p[10]); a.dv = pointer<void>(p[11]);
     a.kv_in = pointer<float>(p[12]); a.z_in = pointer<float>(p[13]);
     a.kv_out = pointer<float>(p[14]); a.z_out = pointer<float>(p[15]);

@@ -7,13 +7,13 @@ struct TaylorArgs {
     const void *q, *k, *v;
     int64_t q_stride[3], k_stride[3], v_stride[3];      // batch, seq, head; elements
     const int* cu_seqlens;                              // [docs + 1] or null
-    // Work space and outputs; o, dq, dk, dv, denominator and grad_rows are contiguous [batch, seq, heads, ...].
+    // Work space and outputs; o, dq, dk, dv, denominator and grad_dot are contiguous [batch, seq, heads, ...].
     float* space;                                       // [slots, heads, 160, head_dim + 8] segment states, or null
     void* o;
     float* denominator;                                 // [batch, seq, heads]
     const void* grad_o;                                 // bf16, strides below
     int64_t grad_stride[3];
-    void* grad_rows;                                    // bf16 [batch, seq, heads, head_dim + 8]
+    float* grad_dot;                                    // [batch, seq, heads] grad_o . o, or null
     void *dq, *dk, *dv;
     // States at the ends of the scan, fp32, the public layout [docs, heads, D(, head_dim)]; null where absent.
     const float *kv_in, *z_in;
@@ -29,12 +29,11 @@ struct TaylorArgs {
 #ifdef __cplusplus
 extern "C" {
 #endif
-int taylor_segment_state(const struct TaylorArgs*);     // sums of every segment: (k, v), or (q, grad_rows) if reverse
+int taylor_segment_state(const struct TaylorArgs*);     // sums of every segment: (k, v), or (q / den, grad_o) if reverse
 int taylor_scan(const struct TaylorArgs*);              // segment sums -> state before (behind, if reverse) each
-int taylor_forward(const struct TaylorArgs*);           // o, denominator
-int taylor_grad_rows(const struct TaylorArgs*);         // [grad_o / den | -(grad_o . o) / den | 0 x 7]
-int taylor_backward_dq(const struct TaylorArgs*);
-int taylor_backward_dkdv(const struct TaylorArgs*);
+int taylor_output(const struct TaylorArgs*);            // o and denominator; dv if reverse
+int taylor_grad_dot(const struct TaylorArgs*);
+int taylor_gradient(const struct TaylorArgs*);          // dq; dk if reverse
 #ifdef __cplusplus
 }
 #endif

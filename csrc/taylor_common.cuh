@@ -1,93 +1,30 @@
-// Shared pieces of the Taylor linear-attention kernels (Hopper, bf16 tensor cores through mma.sync, fp32 sums).
+// Shared pieces of the Taylor linear-attention kernels (Hopper, bf16 tensor cores, fp32 sums).
 //
 // With s = scale * q.k the weight of key j for query t is w = 1 + s + s^2/2, and o_t = sum_j w v_j / sum_j w, j <= t.
 // As features: w = sum_p g_p F_p(q) F_p(k) with F(x) = [x_i ; x_i^2 ; x_i x_{i+r mod 16}, r = 1..7 ; x_i x_{i+8}, i < 8 ;
 // 1 ; 7 zeros], ten tiles of 16 rows, and weights g = scale, scale^2/2, scale^2, scale^2, 1. Only the 153 distinct
-// features are kept. The denominator rides along as one more column of v: the rows of every value tile are
-// [v (head_dim) | 1 | 0 x 7].
+// features are kept. `feature_dim` 8 runs as 16 with zeros.
 //
-// A block owns one segment of one head of one document and walks it in chunks of 16 tokens a warp. Warp w owns feature
-// tile w of the state (fp32, in mma accumulators) and token tile w of the chunk. Inside a chunk the quadratic form,
-// before it the state. `feature_dim` 8 runs as 16 with zeros.
+// A block owns one segment of one head of one document (and, where the kernel allows it, some of the value columns) and
+// walks it in chunks of 128 tokens: forwards, or backwards for the gradients that flow from later tokens ("Reverse").
+//   3 warpgroups carry the state, sum_t F(x_t) y_t^T in accumulators, one feature tile a warp, and publish it in bf16
+//     before each chunk;
+//   2 warpgroups (or 1) make the outputs of 64 tokens each: what comes through the published state, and inside the chunk the
+//     quadratic form;
+//   1 warpgroup loads the chunks ahead.
+// Forwards x = k and y = [v | 1 x 8]: every lane finds the denominator in its own last column. Backwards x = q / den and
+// y = [grad_o | -(grad_o . o) | 0 x 7]. Tiles lie in shared memory as planes of 8 columns, 16 bytes a token: the layout wgmma reads unswizzled.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#include <cstdint>
+#include "hopper.cuh"
 #include "taylor_args.h"
 
 namespace taylor {
 
-constexpr int kWarps = 10, kThreads = kWarps * 32, kChunk = kWarps * 16;
-constexpr int kRows = 160;                       // feature rows of the state, seven of them unused
-constexpr int kNarrow = 24;                      // shared row stride of q and k tiles (elements): no bank conflicts
-constexpr int kTransposed = kChunk + 8;          // shared row stride of a transposed tile
+constexpr int kChunk = 128, kTiles = 10, kRows = kTiles * 16;
+constexpr int kStateWarps = 12, kLoadWarps = 4;  // and 4 or 8 output warps
+constexpr int kPlane = kChunk * 16;              // bytes of a plane of a chunk
+constexpr int kStatePlane = kRows * 16;          // bytes of a plane of the published state
 using bf16 = __nv_bfloat16;
-
-template <int D> constexpr int kWide = D + 8;    // row stride of value tiles and of the state
-
-// Lane and warp, opaque to the optimiser: addresses made from them are computed where they are used instead of being
-// held in registers all along the walk over chunks.
-__device__ __forceinline__ int lane_id() {
-    int lane = threadIdx.x & 31;
-    asm volatile("" : "+r"(lane));
-    return lane;
-}
-__device__ __forceinline__ int warp_id() {
-    int warp = threadIdx.x >> 5;
-    asm volatile("" : "+r"(warp));
-    return warp;
-}
-
-__device__ __forceinline__ uint32_t address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
-}
-__device__ __forceinline__ void ldsm4(uint32_t (&r)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ void ldsm4t(uint32_t (&r)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ void ldsm2(uint32_t (&r)[2], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ void ldsm2t(uint32_t (&r)[2], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-__device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
-__device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
-    uint32_t r;
-    asm volatile("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-// a*b - product, exactly what rounding `product` left out.
-__device__ __forceinline__ uint32_t residual2(uint32_t a, uint32_t b, uint32_t product) {
-    uint32_t r;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(product ^ 0x80008000u));
-    return r;
-}
-__device__ __forceinline__ void copy16(void* to, const void* from, bool real) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(real ? 16 : 0)
-                 : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------- segments
 struct Segment {
@@ -117,72 +54,122 @@ __device__ __forceinline__ bool find_segment(const TaylorArgs& p, int slot, Segm
     s.length = min(p.segment, end - s.first);
     return s.length > 0;
 }
+__device__ __forceinline__ int chunk_count(const Segment& s) { return (s.length + kChunk - 1) / kChunk; }
+// The chunk handled in step i of the walk, and how many of its tokens are real.
+template <bool Reverse> __device__ __forceinline__ int chunk_begin(const Segment& s, int i) {
+    return (Reverse ? chunk_count(s) - 1 - i : i) * kChunk;
+}
 
-// ---------------------------------------------------------------------------------------------------- loading
-// Row `token` of [batch, seq, heads, ...]. The empty asm keeps the compiler from holding 64-bit pointers in registers
-// all along the walk over chunks: recomputing them is cheaper than spilling.
+// Row `token` of [batch, seq, heads, ...].
 __device__ __forceinline__ const bf16* token_row(const void* x, const int64_t* stride, int batch, int token, int head) {
-    asm volatile("" : "+r"(batch), "+r"(token), "+r"(head));
     return (const bf16*)x + batch * stride[0] + token * stride[1] + head * stride[2];
 }
 // Index of the same row in contiguous [batch, seq, heads].
 __device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, int token, int head) {
-    asm volatile("" : "+r"(batch), "+r"(token), "+r"(head));
     return ((int64_t)batch * p.seq + token) * p.heads + head;
 }
-// Rows of `Columns` elements into a tile of row stride `Stride`; rows past `valid` become zeros.
-template <int Columns, int Stride>
-__device__ __forceinline__ void load_rows(bf16* tile, const bf16* from, int64_t stride, int valid) {
-    constexpr int Vectors = Columns / 8;
-    #pragma unroll 1                             // unrolled, its addresses would be kept in registers all along
-    for (int i = threadIdx.x; i < kChunk * Vectors; i += kThreads) {
-        int row = i / Vectors, c = i % Vectors * 8;
-        copy16(tile + row * Stride + c, row < valid ? from + row * stride + c : from, row < valid);
+
+// ---------------------------------------------------------------------------------------------------- shared memory
+// One stage of the ring: x and y feed the state; r (narrow) and u (U columns) are the rows that outputs are made for.
+template <int W, int U, bool Rows, int Stages_, int Published_> struct Layout {
+    static constexpr int Stages = Stages_, Published = Published_, Columns = W, RowColumns = U;
+    static constexpr bool WithRows = Rows;
+    static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
+    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, grad_o . o} a token
+    static constexpr int inverse = factors + kChunk * 8;               // bf16 1 / den a token
+    static constexpr int stage = inverse + kChunk * 2;
+    static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
+    static constexpr int state = published + kRows * 4;
+    static constexpr int bars = Stages * stage + Published * state;
+    static constexpr int bytes = bars + (2 * Stages + 2 * Published) * 8;
+};
+template <class L> struct Shared {
+    uint32_t base;
+    __device__ uint32_t stage(int i) const { return base + i % L::Stages * L::stage; }
+    __device__ uint32_t full(int i) const { return base + L::bars + i % L::Stages * 8; }
+    __device__ uint32_t empty(int i) const { return base + L::bars + (L::Stages + i % L::Stages) * 8; }
+    __device__ uint32_t state(int i) const { return base + L::Stages * L::stage + i % L::Published * L::state; }
+    __device__ uint32_t published(int i) const { return base + L::bars + (2 * L::Stages + i % L::Published) * 8; }
+    __device__ uint32_t released(int i) const { return base + L::bars + (2 * L::Stages + L::Published + i % L::Published) * 8; }
+    __device__ static int stage_parity(int i) { return i / L::Stages & 1; }
+    __device__ static int state_parity(int i) { return i / L::Published & 1; }
+    // Called by every thread of the block.
+    __device__ void init(int output_warps) const {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), kLoadWarps); barrier_init(empty(i), kStateWarps + output_warps); }
+            for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
+        }
+        __syncthreads();
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- loading
+// Rows into planes, 16 bytes at a time; rows past `valid` and vectors past `real` become zeros. Eight lanes fill one
+// core, neighbouring groups of eight lanes neighbouring vectors of the same rows.
+template <int Vectors>
+__device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64_t stride, int valid, int real = Vectors) {
+    #pragma unroll 2
+    for (int i = threadIdx.x & 127; i < kChunk * Vectors; i += 128) {
+        const int rest = i >> 3, vector = rest % Vectors, token = rest / Vectors * 8 + (i & 7);
+        const bool copy = token < valid && vector < real;
+        copy16(to + vector * kPlane + token * 16, copy ? from + token * stride + vector * 8 : from, copy);
     }
 }
-// q or k: feature_dim 8 is filled up with zeros to 16.
-__device__ __forceinline__ void load_narrow(bf16* tile, const bf16* from, int64_t stride, int valid, int features) {
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < kChunk * 2; i += kThreads) {
-        int row = i / 2, c = i % 2 * 8;
-        bool real = row < valid && c < features;
-        copy16(tile + row * kNarrow + c, real ? from + row * stride + c : from, real);
+
+template <class L, bool Reverse>
+__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<L>& m) {
+    const int token = threadIdx.x & 127, chunks = chunk_count(s);
+    for (int i = 0; i < L::Stages; ++i)            // the ones (forwards), or zeros
+        for (int j = 0; j < 4; ++j)
+            store_shared(m.stage(i) + L::y + L::Columns / 8 * kPlane + token * 16 + j * 4, Reverse ? 0u : 0x3f803f80u);
+    bool pending = false;
+    auto hand_over = [&](int i) {
+        copies_wait<0>();
+        fence_for_tensor_cores();
+        warp_arrive(m.full(i));
+        pending = false;
+    };
+    const int64_t* xs = Reverse ? p.q_stride : p.k_stride;
+    const int64_t* rs = Reverse ? p.k_stride : p.q_stride;
+    const int64_t* ys = Reverse ? p.grad_stride : p.v_stride;
+    const int64_t* us = Reverse ? p.v_stride : p.grad_stride;
+    for (int i = 0; i < chunks; ++i) {
+        const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), first = s.first + begin;
+        const uint32_t at = m.stage(i);
+        if (i >= L::Stages) {
+            const int parity = Shared<L>::stage_parity(i - L::Stages);
+            if (pending && !__all_sync(~0u, barrier_passed(m.empty(i), parity))) hand_over(i - 1);
+            barrier_wait(m.empty(i), parity);
+        }
+        float den = 1.f, dot = 0.f;
+        if ((Reverse || L::RowColumns) && token < valid) {
+            const int64_t index = token_index(p, s.batch, first + token, head);
+            den = p.denominator[index];
+            if (p.grad_dot) dot = p.grad_dot[index];
+        }
+        load_planes<2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
+        if (L::WithRows)
+            load_planes<2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
+        load_planes<L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid);
+        if (L::RowColumns)
+            load_planes<L::RowColumns / 8 + !L::RowColumns>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
+        copies_commit();
+        if (Reverse || L::RowColumns) {
+            const float inverse = token < valid ? 1.f / den : 0.f;
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot) : "memory");
+            if (Reverse) {
+                asm volatile("st.shared.b16 [%0], %1;" ::"r"(at + L::inverse + token * 2), "h"((uint16_t)pack(inverse, 0.f)) : "memory");
+                store_shared(at + L::y + L::Columns / 8 * kPlane + token * 16, pack(-dot, 0.f));
+            }
+        }
+        if (pending) {
+            copies_wait<1>();
+            fence_for_tensor_cores();
+            warp_arrive(m.full(i - 1));
+        }
+        pending = true;
     }
-}
-// The columns behind v: [1 | 0 x 7] for real tokens.
-template <int D>
-__device__ __forceinline__ void set_ones(bf16* tile, int valid) {
-    for (int row = threadIdx.x; row < kChunk; row += kThreads)
-        *reinterpret_cast<uint4*>(tile + row * kWide<D> + D) = make_uint4(row < valid ? 0x3f80u : 0u, 0, 0, 0);
-}
-// transposed[i][token] = transposed[i + 16][token] = tile[token][i] for the warp's 16 tokens.
-__device__ __forceinline__ void transpose_rows(bf16* transposed, const bf16* tile) {
-    const int lane = lane_id(), token = warp_id() * 16;
-    uint32_t x[4];
-    ldsm4t(x, address(tile + (token + (lane & 7) + (lane >> 4) * 8) * kNarrow + ((lane >> 3) & 1) * 8));
-    // x0: i 0-7, tokens 0-7; x1: i 8-15, tokens 0-7; x2, x3: tokens 8-15
-    #pragma unroll
-    for (int j = 0; j < 4; ++j)
-        #pragma unroll
-        for (int twice = 0; twice < 2; ++twice)
-            *reinterpret_cast<uint32_t*>(transposed + ((lane >> 2) + (j & 1) * 8 + twice * 16) * kTransposed + token +
-                                         (j >> 1) * 8 + (lane & 3) * 2) = x[j];
-}
-// The 16 values of rows g and g + 8 of the warp's tile, rotated by 2t: x[m] holds elements 2t + 2m and 2t + 2m + 1.
-__device__ __forceinline__ void load_own_rows(uint32_t (&x0)[8], uint32_t (&x1)[8], const bf16* tile) {
-    const int lane = lane_id(), g = lane >> 2, t = lane & 3;
-    const bf16* row = tile + (warp_id() * 16 + g) * kNarrow;
-    #pragma unroll
-    for (int m = 0; m < 8; ++m) {
-        int c = (2 * t + 2 * m) & 15;
-        x0[m] = *reinterpret_cast<const uint32_t*>(row + c);
-        x1[m] = *reinterpret_cast<const uint32_t*>(row + 8 * kNarrow + c);
-    }
-}
-// Elements (2t + 8 half + r, and the next) mod 16 of a row held as above.
-__device__ __forceinline__ uint32_t rotated(const uint32_t (&x)[8], int r, int half) {
-    const int m = 4 * half + r / 2;
-    return r % 2 ? __byte_perm(x[m & 7], x[(m + 1) & 7], 0x5432) : x[m & 7];
+    hand_over(chunks - 1);
 }
 
 // ---------------------------------------------------------------------------------------------------- state
@@ -194,113 +181,192 @@ __device__ __forceinline__ float row_weight(int row, float scale) {
     return row == 152 ? 1.f : 0.f;
 }
 
-// state += F(x)^T y over the chunk: x transposed in shared memory, y [token][D + 8]. Warp w updates feature tile w.
-// Exact: products of features keep 16 bits (two bf16 terms), for the state that is handed to the user.
-template <int D, bool Exact>
-__device__ __forceinline__ void update_state(float (&state)[D / 8 + 1][4], const bf16* transposed, const bf16* y,
-                                             int valid) {
-    const int lane = lane_id(), tile = warp_id(), r = tile - 1;
-    const int row = lane & 15, column = (lane >> 4) * 8;
-    const uint32_t plain = address(transposed + row * kTransposed + column);
-    const uint32_t turned = address(transposed + (row + max(r, 0)) * kTransposed + column);
-    const uint32_t values = address(y + row * kWide<D> + column);
-    for (int k = 0; k * 16 < valid; ++k) {
-        uint32_t a[4], b[4], rest[4] = {0, 0, 0, 0};
-        ldsm4(a, plain + k * 32);
-        if (r >= 0) {
-            ldsm4(b, turned + k * 32);
-            #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                uint32_t product = mul2(a[j], b[j]);
-                if (Exact) rest[j] = residual2(a[j], b[j], product);
-                a[j] = product;
+// What a state warp keeps: rows 16 tile .. 16 tile + 15 of the state, columns as in an accumulator of width N.
+template <int N, bool Reverse, bool Exact> struct State {
+    float sum[N / 2];
+
+    __device__ __forceinline__ static int tile() { return threadIdx.x >> 5; }
+    __device__ __forceinline__ static int row() { return tile() * 16 + ((threadIdx.x & 31) >> 2); }
+
+    // sum += F(x)^T y over a chunk. Exact: products of features keep 16 bits (two bf16 terms), for the state that is
+    // handed to the user.
+    __device__ __forceinline__ void update(uint32_t x, uint32_t y, uint32_t inverse, int valid) {
+        const int lane = threadIdx.x & 31, t = lane & 3, r = tile() - 1, shifted = (lane >> 2) + max(r, 0);
+        const int source = (shifted & 7) << 2 | t;                     // the lane that holds feature i + r (mod 16)
+        const bool other = shifted & 8;
+        const uint32_t from = x + (lane >> 3 & 1) * kPlane + ((lane >> 4) * 8 + (lane & 7)) * 16;
+        #pragma unroll (N > 72 ? 2 : 8)            // unrolled steps hold their operands
+        for (int step = 0; step < kChunk / 16; ++step) {
+            uint32_t a[4], rest[4] = {0, 0, 0, 0};
+            ldsm4t(a, from + step * 256);
+            if (r >= 0) {
+                #pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t x0 = __shfl_sync(~0u, a[2 * half], source), x1 = __shfl_sync(~0u, a[2 * half + 1], source);
+                    const uint32_t p0 = mul2(a[2 * half], other ? x1 : x0), p1 = mul2(a[2 * half + 1], other ? x0 : x1);
+                    if (Exact) {
+                        rest[2 * half] = residual2(a[2 * half], other ? x1 : x0, p0);
+                        rest[2 * half + 1] = residual2(a[2 * half + 1], other ? x0 : x1, p1);
+                    }
+                    a[2 * half] = p0;
+                    a[2 * half + 1] = p1;
+                }
+                if (r >= 8) {                    // tile 9: rows 8-15 are the constant feature, then nothing
+                    #pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int left = valid - step * 16 - half * 8 - 2 * t;         // real tokens from this lane's pair on
+                        a[2 * half + 1] = lane >= 4 || left <= 0 ? 0u : left == 1 ? 0x3f80u : 0x3f803f80u;
+                        rest[2 * half + 1] = 0;
+                    }
+                }
+                if (r > 8) a[0] = a[1] = a[2] = a[3] = rest[0] = rest[1] = rest[2] = rest[3] = 0;
             }
-            if (r == 8) {                        // rows 8-15 of the last tile: the constant feature, then nothing
-                a[1] = a[3] = lane < 4 ? 0x3f803f80u : 0u;
-                rest[1] = rest[3] = 0;
+            if (Reverse) {
+                #pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t factor = load_shared(inverse + (step * 16 + half * 8 + 2 * t) * 2);
+                    #pragma unroll
+                    for (int j = 2 * half; j < 2 * half + 2; ++j) {
+                        const uint32_t scaled = mul2(a[j], factor);
+                        if (Exact) {                                   // (a + rest) * factor in two terms
+                            const uint32_t more = residual2(a[j], factor, scaled), also = mul2(rest[j], factor);
+                            rest[j] = pack(low(more) + low(also), high(more) + high(also));
+                        }
+                        a[j] = scaled;
+                    }
+                }
             }
+            wgmma_begin();
+            add_product(a, y + step * 256);
+            if (Exact) add_product(rest, y + step * 256);
+            wgmma_commit();
+            wgmma_wait<1>();                     // the step before: its registers are free
         }
+        wgmma_wait<0>();
+    }
+
+    // sum += a y, in two pieces where one instruction would need more registers than a thread starts with.
+    __device__ __forceinline__ void add_product(const uint32_t (&a)[4], uint32_t y) {
+        constexpr int First = N > 72 ? (N - 8) / 2 : 0;
+        if constexpr (First)
+            Wgmma<First>::template rs<1>(reinterpret_cast<float (&)[First / 2]>(sum), a, operand(y, 128, kPlane), 1);
+        Wgmma<N - First>::template rs<1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), a,
+                                         operand(y + First / 8 * kPlane, 128, kPlane), 1);
+    }
+
+    // The weighted state as bf16 operand; `last`: its last column also in fp32.
+    __device__ __forceinline__ void publish(uint32_t to, uint32_t last, float scale) const {
+        if (tile() >= kTiles) return;
+        const int lane = threadIdx.x & 31;
+        const float w0 = row_weight(row(), scale), w1 = row_weight(row() + 8, scale);
+        const uint32_t at = to + tile() * 256 + lane * 4;
         #pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
-            uint32_t v[4];
-            ldsm4t(v, values + (k * 16 * kWide<D> + n * 16) * 2);
-            mma(state[2 * n], a, v[0], v[1]);
-            mma(state[2 * n + 1], a, v[2], v[3]);
-            if (Exact) {
-                mma(state[2 * n], rest, v[0], v[1]);
-                mma(state[2 * n + 1], rest, v[2], v[3]);
-            }
+        for (int n = 0; n < N / 8; ++n) {
+            store_shared(at + n * kStatePlane, pack(w0 * sum[4 * n], w0 * sum[4 * n + 1]));
+            store_shared(at + n * kStatePlane + 128, pack(w1 * sum[4 * n + 2], w1 * sum[4 * n + 3]));
         }
-        uint32_t v[2];
-        ldsm2t(v, values - column * 2 + (k * 16 * kWide<D> + D) * 2);
-        mma(state[D / 8], a, v[0], v[1]);
-        if (Exact) mma(state[D / 8], rest, v[0], v[1]);
+        if ((lane & 3) == 0) {
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(last + row() * 4), "f"(w0 * sum[N / 2 - 4]) : "memory");
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(last + row() * 4 + 32), "f"(w1 * sum[N / 2 - 2]) : "memory");
+        }
+        fence_for_tensor_cores();
     }
-}
 
-// The weighted state as bf16 operand: shared[row][column] = g_row * state.
-template <int D>
-__device__ __forceinline__ void publish_state(bf16* shared, const float (&state)[D / 8 + 1][4], float scale) {
-    const int lane = lane_id(), row = warp_id() * 16 + (lane >> 2);
-    const float w0 = row_weight(row, scale), w1 = row_weight(row + 8, scale);
-    #pragma unroll
-    for (int n = 0; n <= D / 8; ++n) {
-        bf16* at = shared + row * kWide<D> + n * 8 + (lane & 3) * 2;
-        *reinterpret_cast<uint32_t*>(at) = pack(w0 * state[n][0], w0 * state[n][1]);
-        *reinterpret_cast<uint32_t*>(at + 8 * kWide<D>) = pack(w1 * state[n][2], w1 * state[n][3]);
+    // Rows of the fp32 work space [slot][head][160][head_dim + 8]; columns [column, column + N - 8), then head_dim ...
+    __device__ __forceinline__ static float* space(const TaylorArgs& p, int slot, int head) {
+        return p.space + (((int64_t)slot * p.heads + head) * kRows + row()) * (p.head_dim + 8) + (threadIdx.x & 3) * 2;
     }
-}
-
-// State of a segment in the fp32 work space [slot][head][160][D + 8].
-template <int D>
-__device__ __forceinline__ float* slot_state(const TaylorArgs& p, float* space, int slot, int head) {
-    return space + ((int64_t)slot * p.heads + head) * kRows * kWide<D>;
-}
-template <int D>
-__device__ __forceinline__ void store_state(const float (&state)[D / 8 + 1][4], float* space) {
-    const int row = warp_id() * 16 + (lane_id() >> 2), column = (lane_id() & 3) * 2;
-    #pragma unroll
-    for (int n = 0; n <= D / 8; ++n)
-        #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<float2*>(space + (row + 8 * half) * kWide<D> + n * 8 + column) =
-                make_float2(state[n][2 * half], state[n][2 * half + 1]);
-}
-// state (cleared) += the state before the segment of `slot` (behind it, if Reverse): its own entry once taylor_scan ran,
-// else the sum over the document's earlier (later) segments, in order.
-template <int D, bool Reverse>
-__device__ __forceinline__ void load_state(float (&state)[D / 8 + 1][4], const TaylorArgs& p, int slot, int head, int doc) {
-    int from = slot, to = slot + 1;
-    if (!p.summed) {
-        const int begin = first_slot(p, doc);
-        const int count = p.cu_seqlens ? (p.cu_seqlens[doc + 1] - p.cu_seqlens[doc] + p.segment - 1) / p.segment : p.segments;
-        from = Reverse ? slot + 1 : begin;
-        to = Reverse ? begin + count : slot;
+    __device__ __forceinline__ static int space_column(const TaylorArgs& p, int n, int column) {
+        return n < N / 8 - 1 ? column + n * 8 : p.head_dim;
     }
-    const int row = warp_id() * 16 + (lane_id() >> 2), column = (lane_id() & 3) * 2;
-    #pragma unroll 1
-    for (int i = from; i < to; ++i) {
-        const float* space = slot_state<D>(p, p.space, i, head);
+    __device__ __forceinline__ void store(const TaylorArgs& p, int slot, int head, int column) const {
+        if (tile() >= kTiles) return;
+        float* to = space(p, slot, head);
         #pragma unroll
-        for (int n = 0; n <= D / 8; ++n)
+        for (int n = 0; n < N / 8; ++n)
             #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float2 x = *reinterpret_cast<const float2*>(space + (row + 8 * half) * kWide<D> + n * 8 + column);
-                state[n][2 * half] += x.x;
-                state[n][2 * half + 1] += x.y;
-            }
+            for (int half = 0; half < 2; ++half)
+                *reinterpret_cast<float2*>(to + half * 8 * (p.head_dim + 8) + space_column(p, n, column)) =
+                    make_float2(sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]);
+    }
+    // The state before the segment of `slot` (behind it, if Reverse): its own entry once taylor_scan ran, else the sum
+    // over the document's earlier (later) segments, in order.
+    __device__ __forceinline__ void load(const TaylorArgs& p, int slot, int head, int column, int doc) {
+        #pragma unroll
+        for (int i = 0; i < N / 2; ++i) sum[i] = 0.f;
+        if (!p.space || tile() >= kTiles) return;
+        int from = slot, to = slot + 1;
+        if (!p.summed) {
+            const int begin = first_slot(p, doc);
+            const int count = p.cu_seqlens ? (p.cu_seqlens[doc + 1] - p.cu_seqlens[doc] + p.segment - 1) / p.segment : p.segments;
+            from = Reverse ? slot + 1 : begin;
+            to = Reverse ? begin + count : slot;
+        }
+        #pragma unroll 1
+        for (int i = from; i < to; ++i) {
+            const float* at = space(p, i, head);
+            #pragma unroll
+            for (int n = 0; n < N / 8; ++n)
+                #pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 x = *reinterpret_cast<const float2*>(at + half * 8 * (p.head_dim + 8) + space_column(p, n, column));
+                    sum[4 * n + 2 * half] += x.x;
+                    sum[4 * n + 2 * half + 1] += x.y;
+                }
+        }
+    }
+};
+
+// The state warps' walk beside output warps: publish before each chunk, then take the chunk in.
+template <class L, bool Reverse>
+__device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& s, int slot, int head, int column, const Shared<L>& m) {
+    State<L::Columns + 8, Reverse, false> state;
+    state.load(p, slot, head, column, s.doc);
+    const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;      // no state before the first chunk
+    for (int i = 0; i < chunks; ++i) {
+        const int n = i - skipped;
+        if (n >= 0) {
+            if (n >= L::Published) barrier_wait(m.released(n), Shared<L>::state_parity(n - L::Published));
+            state.publish(m.state(n), m.state(n) + L::last, p.scale);
+            __syncwarp();
+            if (state.tile() < kTiles) warp_arrive(m.published(n));
+        }
+        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
+        if (i + 1 < chunks) {
+            const uint32_t at = m.stage(i);
+            state.update(at + L::x, at + L::y, at + L::inverse, min(kChunk, s.length - chunk_begin<Reverse>(s, i)));
+        }
+        warp_arrive(m.empty(i));
     }
 }
-template <int N>
-__device__ __forceinline__ void clear(float (&x)[N][4]) {
-    #pragma unroll
-    for (int n = 0; n < N; ++n)
-        #pragma unroll
-        for (int j = 0; j < 4; ++j) x[n][j] = 0.f;
-}
 
-// ---------------------------------------------------------------------------------------------------- products
-// The tensor-core operand F(x) of tile `tile` for the warp's 16 tokens, from rows held by load_own_rows.
+// ---------------------------------------------------------------------------------------------------- output rows
+// The 16 values of rows g and g + 8 of this warp's 16 rows, rotated by 2t: x[m] holds elements 2t + 2m and 2t + 2m + 1.
+// `rows`: a narrow tile at the warp's first row.
+__device__ __forceinline__ void load_rows(uint32_t (&x0)[8], uint32_t (&x1)[8], uint32_t rows) {
+    const int lane = threadIdx.x & 31, t = lane & 3;
+    #pragma unroll
+    for (int m = 0; m < 8; ++m) {
+        const int c = (2 * t + 2 * m) & 15;
+        const uint32_t at = rows + (c >> 3) * kPlane + (lane >> 2) * 16 + (c & 7) * 2;
+        x0[m] = load_shared(at);
+        x1[m] = load_shared(at + 128);
+    }
+}
+// The first tile of features, which is the rows themselves, as left operand.
+__device__ __forceinline__ void load_own(uint32_t (&a)[4], uint32_t rows) {
+    const uint32_t at = rows + ((threadIdx.x & 31) >> 2) * 16 + (threadIdx.x & 3) * 4;
+    a[0] = load_shared(at);
+    a[1] = load_shared(at + 128);
+    a[2] = load_shared(at + kPlane);
+    a[3] = load_shared(at + kPlane + 128);
+}
+// Elements (2t + 8 half + r, and the next) mod 16 of a row held as above.
+__device__ __forceinline__ uint32_t rotated(const uint32_t (&x)[8], int r, int half) {
+    const int m = 4 * half + r / 2;
+    return r % 2 ? __byte_perm(x[m & 7], x[(m + 1) & 7], 0x5432) : x[m & 7];
+}
+// The tensor-core operand F(x) of tile `tile` for the warp's 16 rows.
 __device__ __forceinline__ void features(uint32_t (&a)[4], const uint32_t (&x0)[8], const uint32_t (&x1)[8], int tile) {
     a[0] = x0[0]; a[1] = x1[0]; a[2] = x0[4]; a[3] = x1[4];
     if (tile == 0) return;
@@ -311,138 +377,21 @@ __device__ __forceinline__ void features(uint32_t (&a)[4], const uint32_t (&x0)[
     a[3] = mul2(a[3], rotated(x1, r, 1));
     if (tile == 9) a[2] = a[3] = (threadIdx.x & 3) == 0 ? 0x3f80u : 0u;
 }
-
-// acc[n] += a [16 x 16] * rows [16 tokens or features][columns], n = 0 .. N-1 column tiles of 8, from row-major memory.
-template <int N, int Stride>
-__device__ __forceinline__ void times_rows(float (&acc)[N][4], const uint32_t (&a)[4], const bf16* rows) {
-    const int lane = lane_id();
-    const uint32_t at = address(rows + (lane & 15) * Stride + (lane >> 4) * 8);
-    #pragma unroll
-    for (int n = 0; n < N / 2; ++n) {
-        uint32_t b[4];
-        ldsm4t(b, at + n * 32);
-        mma(acc[2 * n], a, b[0], b[1]);
-        mma(acc[2 * n + 1], a, b[2], b[3]);
-    }
-    if (N % 2) {
-        uint32_t b[2];
-        ldsm2t(b, address(rows + (lane & 15) * Stride + (N - 1) * 8));
-        mma(acc[N - 1], a, b[0], b[1]);
-    }
+// Columns 16 i .. 16 i + 15 of an accumulator as left operand.
+template <int M> __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&x)[M], int i) {
+    a[0] = pack(x[8 * i], x[8 * i + 1]);
+    a[1] = pack(x[8 * i + 2], x[8 * i + 3]);
+    a[2] = pack(x[8 * i + 4], x[8 * i + 5]);
+    a[3] = pack(x[8 * i + 6], x[8 * i + 7]);
 }
-// The warp's own 16 rows [D + 8] of a value tile as left operand.
-template <int D> struct ValueRows { uint32_t a[D / 16][4]; uint32_t last[2]; };
-template <int D>
-__device__ __forceinline__ void load_value_rows(ValueRows<D>& rows, const bf16* tile) {
-    const int lane = lane_id();
-    const bf16* own = tile + (warp_id() * 16 + (lane & 15)) * kWide<D>;
-    #pragma unroll
-    for (int k = 0; k < D / 16; ++k) ldsm4(rows.a[k], address(own + k * 16 + (lane >> 4) * 8));
-    ldsm2(rows.last, address(own + D));
-}
-// acc [16 x 16] += own rows * (16 rows [D + 8] of memory)^T.
-template <int D>
-__device__ __forceinline__ void times_rows_transposed(float (&acc)[2][4], const ValueRows<D>& rows, const bf16* with) {
-    const int lane = lane_id();
-    const uint32_t at = address(with + ((lane & 7) + (lane >> 4) * 8) * kWide<D> + ((lane >> 3) & 1) * 8);
-    #pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-        uint32_t b[4];
-        ldsm4(b, at + k * 32);
-        mma(acc[0], rows.a[k], b[0], b[1]);
-        mma(acc[1], rows.a[k], b[2], b[3]);
-    }
-    uint32_t b[2];
-    ldsm2(b, address(with + (lane & 15) * kWide<D> + D));
-    mma_k8(acc[0], rows.last[0], rows.last[1], b[0]);
-    mma_k8(acc[1], rows.last[0], rows.last[1], b[1]);
-}
-// scores [16 x 16] = own rows (held by load_own_rows) * (16 rows of a q or k tile)^T
-__device__ __forceinline__ void raw_scores(float (&s)[2][4], const uint32_t (&a)[4], const bf16* with) {
-    const int lane = lane_id();
-    uint32_t b[4];
-    ldsm4(b, address(with + ((lane & 7) + (lane >> 4) * 8) * kNarrow + ((lane >> 3) & 1) * 8));
-    clear(s);
-    mma(s[0], a, b[0], b[1]);
-    mma(s[1], a, b[2], b[3]);
-}
-// Row and column of element j of column tile n in a 16 x 16 accumulator.
-__device__ __forceinline__ int element_row(int j) { return ((threadIdx.x & 31) >> 2) + (j >> 1) * 8; }
-__device__ __forceinline__ int element_column(int n, int j) { return n * 8 + (threadIdx.x & 3) * 2 + (j & 1); }
-
-__device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&x)[2][4]) {
-    a[0] = pack(x[0][0], x[0][1]); a[1] = pack(x[0][2], x[0][3]);
-    a[2] = pack(x[1][0], x[1][1]); a[3] = pack(x[1][2], x[1][3]);
-}
-
-// dx += (dF/dx)^T (y state^T): the gradient that reaches q (or k) through the state, for the warp's 16 tokens.
-template <int D>
-__device__ __forceinline__ void through_state(float (&dx)[2][4], const ValueRows<D>& y, const bf16* state,
-                                              const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
-    #pragma unroll
-    for (int tile = 0; tile < 10; ++tile) {
-        const int r = tile - 1;
-        const int lane = lane_id();
-        const int g = lane >> 2, t = lane & 3;
-        float d[2][4];
-        clear(d);
-        times_rows_transposed<D>(d, y, state + tile * 16 * kWide<D>);
-        #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            if (tile == 0) {
-                #pragma unroll
-                for (int j = 0; j < 4; ++j) dx[n][j] += d[n][j];
-                continue;
-            }
-            if (tile == 9 && n == 1) continue;
-            uint32_t u0 = rotated(x0, r, n), u1 = rotated(x1, r, n);
-            const float twice = tile == 1 ? 2.f : 1.f;
-            dx[n][0] += twice * d[n][0] * low(u0);
-            dx[n][1] += twice * d[n][1] * high(u0);
-            dx[n][2] += twice * d[n][2] * low(u1);
-            dx[n][3] += twice * d[n][3] * high(u1);
-        }
-        if (tile < 2) continue;
-        // The other factor: element i of d * x goes to element i + r. For r = 8 that is this lane's own second tile.
-        #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            d[n][0] *= low(x0[4 * n]); d[n][1] *= high(x0[4 * n]);
-            d[n][2] *= low(x1[4 * n]); d[n][3] *= high(x1[4 * n]);
-        }
-        if (tile == 9) {
-            #pragma unroll
-            for (int j = 0; j < 4; ++j) dx[1][j] += d[0][j];
-            continue;
-        }
-        uint32_t a[4];
-        pack_operand(a, d);
-        #pragma unroll
-        for (int n = 0; n < 2; ++n) {            // times the permutation matrix P[i][i + r mod 16] = 1
-            const int from = (g + 8 * n - r) & 15;
-            uint32_t b0 = from == 2 * t ? 0x3f80u : from == 2 * t + 1 ? 0x3f800000u : 0u;
-            uint32_t b1 = from == 2 * t + 8 ? 0x3f80u : from == 2 * t + 9 ? 0x3f800000u : 0u;
-            mma(dx[n], a, b0, b1);
-        }
-    }
-}
-// Writes [16 tokens][16 or 8] of the gradient of q or k.
-__device__ __forceinline__ void store_narrow(bf16* to, int64_t stride, const float (&dx)[2][4], int valid, int features) {
-    const int lane = lane_id(), g = lane >> 2, t = lane & 3, base = warp_id() * 16;
-    #pragma unroll
-    for (int n = 0; n < 2; ++n)
-        #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int row = base + g + 8 * half;
-            if (row < valid && n * 8 < features)
-                *reinterpret_cast<uint32_t*>(to + row * stride + n * 8 + t * 2) = pack(dx[n][2 * half], dx[n][2 * half + 1]);
-        }
-}
+// The chunk's half that an output warpgroup makes in its turn of step i: halves differ in work, so two groups swap them.
+__device__ __forceinline__ int half_of(int turn, int i) { return turn ^ (i & 1); }
 
 template <typename F>
-inline int launch(F* kernel, dim3 grid, int bytes, const TaylorArgs& p) {
+inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return (int)e;
-    kernel<<<grid, kThreads, bytes, (cudaStream_t)p.stream>>>(p);
+    kernel<<<grid, threads, bytes, (cudaStream_t)p.stream>>>(p);
     return (int)cudaGetLastError();
 }
 

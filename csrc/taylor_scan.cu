@@ -24,7 +24,7 @@ __global__ void scan(const __grid_constant__ TaylorArgs p) {
     const int doc = blockIdx.x, head = blockIdx.y, row = item / wide, column = item % wide;
     if (row >= kRows) return;
     float factor;
-    const int out = column <= p.head_dim ? public_row(row, p.features, p.scale, factor) : -1;
+    const int out = column <= p.head_dim || !p.reverse ? public_row(row, p.features, p.scale, factor) : -1;
     const int states = 1 + p.features + p.features * (p.features + 1) / 2;
     const int64_t at = ((int64_t)doc * p.heads + head) * states + out;
     float sum = 0.f;
@@ -45,7 +45,7 @@ __global__ void scan(const __grid_constant__ TaylorArgs p) {
     }
     if (out >= 0 && p.kv_out) {
         if (column < p.head_dim) p.kv_out[at * p.head_dim + column] = sum * factor;
-        else p.z_out[at] = sum * factor;
+        else if (column == p.head_dim) p.z_out[at] = sum * factor;
     }
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from based_mp.ops.backends import extension
 from based_mp.ops.reference import TaylorState, taylor_feature_dim
 
-CHUNK = 160            # tokens a block handles at a time (kChunk of csrc/taylor_common.cuh)
+CHUNK = 128            # tokens a block handles at a time (kChunk of csrc/taylor_common.cuh)
 ROWS = 160             # feature rows of a segment state in the work space
 SEGMENTS_WITHOUT_SCAN = 16
 BLOCKS = 132           # blocks that fill an H100; a constant, so that shapes do not depend on the device
@@ -54,7 +54,7 @@ def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: f
             exact: bool = False, summed: bool = False, **tensors: Tensor | None) -> None:
     b, s, h, f = q.shape
     grad_o = tensors.get("grad_o")
-    order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_rows", "dq", "dk", "dv", "kv_in", "z_in",
+    order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_dot", "dq", "dk", "dv", "kv_in", "z_in",
              "kv_out", "z_out"]
     given = [q, k, v] + [tensors.get(name) for name in order]
     pointers = [0 if x is None else x.data_ptr() for x in given]
@@ -92,7 +92,7 @@ def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor
     kv_out = torch.empty(kv_shape if return_state else (0,), dtype=torch.float32, device=v.device)
     z_out = torch.empty(kv_shape[:-1] if return_state else (0,), dtype=torch.float32, device=v.device)
     kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
-    _launch(["segment_state"] * split + ["scan"] * scan + ["forward"], p, q, k, v, scale, exact=return_state,
+    _launch(["segment_state"] * split + ["scan"] * scan + ["output"], p, q, k, v, scale, exact=return_state,
             summed=scan, cu_seqlens=cu_seqlens, space=space if split else None, o=o, denominator=denominator,
             kv_in=kv, z_in=z, kv_out=kv_out if return_state else None, z_out=z_out if return_state else None)
     return o.to(dtype), denominator, space, kv_out, z_out
@@ -118,18 +118,18 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     dtype = v.dtype
     q, k, v, grad_o = (_aligned(x) for x in (q, k, v, grad_o))
     o = o.to(torch.bfloat16).contiguous()
-    rows = torch.empty(*v.shape[:3], v.shape[-1] + 8, dtype=torch.bfloat16, device=v.device)
+    dot = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))
     scan = _needs_scan(p, want_state or grad_kv is not None)
     split = scan or p.slots > p.docs
     grad_kv, grad_z = (None if x is None else x.float().contiguous() for x in (grad_kv, grad_z))
     dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
-    common = {"cu_seqlens": cu_seqlens, "grad_rows": rows}
-    _launch(["grad_rows", "backward_dq"], p, q, k, v, scale, o=o, denominator=denominator, grad_o=grad_o, dq=dq,
-            space=space if space.numel() else None, summed=summed, **common)
+    common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot}
+    _launch(["grad_dot", "gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None,
+            summed=summed, **common)
     suffix = torch.empty(space_shape, dtype=torch.float32, device=v.device) if split else None
-    _launch(["segment_state"] * split + ["scan"] * scan + ["backward_dkdv"], p, q, k, v, scale, reverse=True,
+    _launch(["segment_state"] * split + ["scan"] * scan + ["output", "gradient"], p, q, k, v, scale, reverse=True,
             summed=scan, space=suffix, dk=dk, dv=dv, kv_in=grad_kv, z_in=grad_z, kv_out=dkv if want_state else None,
             z_out=dz if want_state else None, **common)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dkv, dz

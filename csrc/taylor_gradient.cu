@@ -1,0 +1,205 @@
+// Gradients of q and k, contractions over the value columns. With e_t = [grad_o_t | -(grad_o_t . o_t)] / den_t:
+//   forwards   dq_t = (dF/dq)^T G S e_t       + scale * sum_j (1 + s_tj) (e_t . [v_j | 1]) k_j, j <= t inside the chunk,
+//   backwards  dk_j = (dF/dk)^T G R [v_j | 1] + scale * sum_t (1 + s_tj) (e_t . [v_j | 1]) q_t, t >= j inside the chunk,
+// S and R the states before and behind the chunk (taylor_output.cu). One block a (segment, head).
+#include "taylor_common.cuh"
+using namespace taylor;
+
+// How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
+template <int D> struct Shape {
+    static constexpr bool Small = D <= 64;
+    static constexpr int Groups = D <= 96 ? 2 : 1, Threads = (kStateWarps + Groups * 4 + kLoadWarps) * 32;
+    // Registers of a thread by role: the sum over warpgroups is what a block starts with, 480.
+    static constexpr int State = D <= 64 ? 72 : D <= 80 ? 80 : D <= 96 ? 88 : 112;
+    static constexpr int Output = D <= 64 ? 120 : D <= 80 ? 104 : D <= 96 ? 88 : 104;
+    static constexpr int Load = D <= 64 ? 24 : D <= 80 ? 32 : 40;
+    static constexpr int Keys = Small ? 64 : 32, Features = Small ? 80 : 32;
+    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 112 ? 2 : 1>;
+};
+
+// dx += (dF/dx)^T d for the features [16 tile, 16 tile + 16): d [16 rows][16 features] of this warp, in an accumulator.
+template <int Tile>
+__device__ __forceinline__ void through_features(float (&dx)[8], float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, r = Tile - 1;
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        if (Tile == 0) {
+            #pragma unroll
+            for (int j = 0; j < 4; ++j) dx[4 * n + j] += d[4 * n + j];
+            continue;
+        }
+        if (Tile == 9 && n == 1) continue;       // eight features only, then the constant one
+        const uint32_t u0 = rotated(x0, r, n), u1 = rotated(x1, r, n);
+        const float twice = Tile == 1 ? 2.f : 1.f;
+        dx[4 * n] += twice * d[4 * n] * low(u0);
+        dx[4 * n + 1] += twice * d[4 * n + 1] * high(u0);
+        dx[4 * n + 2] += twice * d[4 * n + 2] * low(u1);
+        dx[4 * n + 3] += twice * d[4 * n + 3] * high(u1);
+    }
+    if (Tile < 2) return;
+    // The other factor: element i of d * x goes to element i + r. For r = 8 that is this lane's own second half.
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        d[4 * n] *= low(x0[4 * n]); d[4 * n + 1] *= high(x0[4 * n]);
+        d[4 * n + 2] *= low(x1[4 * n]); d[4 * n + 3] *= high(x1[4 * n]);
+    }
+    if (Tile == 9) {
+        #pragma unroll
+        for (int j = 0; j < 4; ++j) dx[4 + j] += d[j];
+        return;
+    }
+    const uint32_t a[4] = {pack(d[0], d[1]), pack(d[2], d[3]), pack(d[4], d[5]), pack(d[6], d[7])};
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {                // times the permutation matrix P[i][i + r mod 16] = 1
+        const int from = (g + 8 * n - r) & 15;
+        const uint32_t b0 = from == 2 * t ? 0x3f80u : from == 2 * t + 1 ? 0x3f800000u : 0u;
+        const uint32_t b1 = from == 2 * t + 8 ? 0x3f80u : from == 2 * t + 9 ? 0x3f800000u : 0u;
+        mma(dx + 4 * n, a, b0, b1);
+    }
+}
+// The same for tiles First .. First + Count - 1, d their accumulators in a row.
+template <int First, int Count>
+__device__ __forceinline__ void through_tiles(float (&dx)[8], float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
+    through_features<First>(dx, d, x0, x1);
+    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, d + 8, x0, x1);
+}
+
+// The gradient that comes through the published state, Features rows of it at a time, from row 16 First on.
+// u: rows of the wide operand; sign, dot: what their last column adds (see publish), dot0 and dot1 for rows g and g + 8.
+template <int D, int Features, int First>
+__device__ __forceinline__ void through_state(float (&dx)[8], uint32_t u, uint32_t state, uint32_t last, float dot0, float dot1,
+                                              const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
+    float d[Features / 2] = {};
+    wgmma_begin();
+    #pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+        Wgmma<Features>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128),
+                            operand(state + First * 256 + k * 2 * kStatePlane, kStatePlane, 128), 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+    #pragma unroll
+    for (int n = 0; n < Features / 8; ++n) {
+        const float2 z = load_shared2(last + (First * 16 + n * 8 + (threadIdx.x & 3) * 2) * 4);
+        d[4 * n] += dot0 * z.x; d[4 * n + 1] += dot0 * z.y;
+        d[4 * n + 2] += dot1 * z.x; d[4 * n + 3] += dot1 * z.y;
+    }
+    through_tiles<First, Features / 16>(dx, d, x0, x1);
+    if constexpr (First + Features / 16 < kTiles)
+        through_state<D, Features, First + Features / 16>(dx, u, state, last, dot0, dot1, x0, x1);
+}
+
+template <int D, bool Reverse>
+__device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segment& s, int head, const Shared<typename Shape<D>::Tiles>& m) {
+    using L = typename Shape<D>::Tiles;
+    constexpr int Keys = Shape<D>::Keys, Groups = Shape<D>::Groups;
+    const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
+    const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
+    for (int i = 0; i < chunks; ++i) {
+        const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), n = i - skipped;
+        const uint32_t at = m.stage(i);
+        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
+        if (n >= 0) barrier_wait(m.published(n), Shared<L>::state_parity(n));
+        #pragma unroll 1
+        for (int turn = (threadIdx.x >> 7) - kStateWarps / 4; turn < 2; turn += Groups) {
+            const int half = half_of(turn, i);
+            const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 16, u = at + L::u + half * 1024;
+            const bool work = half * 64 < valid;
+            float dx[8] = {};
+            float2 f0 = {1.f, 0.f}, f1 = {1.f, 0.f};                       // {1 / den, grad_o . o} of this lane's two rows
+            if (!Reverse) {
+                f0 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2)) * 8);
+                f1 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2) + 8) * 8);
+            }
+            if (n >= 0) {
+                if (work) {
+                    uint32_t x0[8], x1[8];
+                    load_rows(x0, x1, rows);
+                    through_state<D, Shape<D>::Features, 0>(dx, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
+                                                            Reverse ? 1.f : -f1.y, x0, x1);
+                }
+                if (turn + Groups >= 2) warp_arrive(m.released(n));
+            }
+            if (work) {
+                uint32_t own[4];
+                load_own(own, rows);
+                const int first = Reverse ? half * 64 : 0, last = Reverse ? valid : min(valid, half * 64 + 64);
+                #pragma unroll 1
+                for (int key = first; key < last; key += Keys) {
+                    float x[Keys / 2], d[Keys / 2] = {};
+                    wgmma_begin();
+                    Wgmma<Keys>::template rs<0>(x, own, operand(at + L::x + key * 16, kPlane, 128), 0);
+                    #pragma unroll
+                    for (int k = 0; k < D / 16; ++k)
+                        Wgmma<Keys>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128), operand(at + L::y + key * 16 + k * 2 * kPlane, kPlane, 128), 1);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    #pragma unroll
+                    for (int c = 0; c < Keys / 8; ++c) {
+                        float4 factor;               // {1 / den, grad_o . o} of two columns
+                        if (Reverse) factor = load_shared4(at + L::factors + (key + c * 8 + 2 * t) * 8);
+                        #pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int row = half * 64 + warp * 16 + (lane >> 2) + (e >> 1) * 8, col = key + c * 8 + 2 * t + (e & 1);
+                            float y = d[4 * c + e];
+                            if (Reverse) y = (y - (e & 1 ? factor.w : factor.y)) * (e & 1 ? factor.z : factor.x);
+                            else y -= e & 2 ? f1.y : f0.y;
+                            y *= fmaf(x[4 * c + e], p.scale, 1.f) * p.scale;
+                            d[4 * c + e] = (Reverse ? col < row : col > row) ? 0.f : y;
+                        }
+                    }
+                    uint32_t a[Keys / 16][4];
+                    #pragma unroll
+                    for (int k = 0; k < Keys / 16; ++k) pack_operand(a[k], d, k);
+                    wgmma_begin();
+                    #pragma unroll
+                    for (int k = 0; k < Keys / 16; ++k)
+                        Wgmma<16>::rs<1>(dx, a[k], operand(at + L::x + key * 16 + k * 256, 128, kPlane), 1);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                }
+            }
+            if (turn + Groups >= 2) warp_arrive(m.empty(i));
+            if (!work) continue;
+            #pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const int row = half * 64 + warp * 16 + (lane >> 2) + side * 8;
+                if (row >= valid) continue;
+                bf16* to = (bf16*)(Reverse ? p.dk : p.dq) + token_index(p, s.batch, s.first + begin + row, head) * p.features + t * 2;
+                const float factor = side ? f1.x : f0.x;
+                *reinterpret_cast<uint32_t*>(to) = pack(dx[2 * side] * factor, dx[2 * side + 1] * factor);
+                if (p.features > 8)
+                    *reinterpret_cast<uint32_t*>(to + 8) = pack(dx[4 + 2 * side] * factor, dx[4 + 2 * side + 1] * factor);
+            }
+        }
+    }
+}
+
+template <int D, bool Reverse>
+__global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_constant__ TaylorArgs p) {
+    using L = typename Shape<D>::Tiles;
+    extern __shared__ __align__(128) char shared[];
+    const Shared<L> m{address(shared)};
+    Segment s;
+    if (!find_segment(p, blockIdx.x, s)) return;
+    m.init(Shape<D>::Groups * 4);
+    const int warp = threadIdx.x >> 5;
+    if (warp < kStateWarps) {
+        if constexpr (Shape<D>::State * Shape<D>::Threads <= 65536) registers_down<Shape<D>::State>();
+        else registers_up<Shape<D>::State>();
+        carry_state<L, Reverse>(p, s, blockIdx.x, blockIdx.y, 0, m);
+    } else if (warp < kStateWarps + Shape<D>::Groups * 4) {
+        registers_up<Shape<D>::Output>();
+        make_gradients<D, Reverse>(p, s, blockIdx.y, m);
+    } else {
+        registers_down<Shape<D>::Load>();
+        load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
+    }
+}
+
+template <int D> static int run(const TaylorArgs& p) {
+    constexpr int bytes = Shape<D>::Tiles::bytes;
+    static_assert(bytes <= 232448, "more shared memory than a block may have");
+    const dim3 grid(p.slots, p.heads);
+    return p.reverse ? launch(gradient<D, true>, grid, Shape<D>::Threads, bytes, p) : launch(gradient<D, false>, grid, Shape<D>::Threads, bytes, p);
+}
+extern "C" int taylor_gradient(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kD>(*p)) }
