@@ -19,7 +19,7 @@ void launch(const std::vector<std::string>& names, const std::array<int64_t, 16>
             const std::array<int64_t, 12>& strides, const std::array<int, 12>& sizes, float scale, int64_t stream) {
     static const std::map<std::string, int (*)(const TaylorArgs*)> kernels = {
         {"segment_state", taylor_segment_state}, {"scan", taylor_scan}, {"output", taylor_output},
-        {"grad_dot", taylor_grad_dot}, {"gradient", taylor_gradient}};
+        {"gradient", taylor_gradient}};
     TaylorArgs a{};
     const auto& p = pointers;
     a.q = pointer<void>(p[0]); a.k = pointer<void>(p[1]); a.v = pointer<void>(p[2]);

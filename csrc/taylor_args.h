@@ -13,7 +13,7 @@ struct TaylorArgs {
     float* denominator;                                 // [batch, seq, heads]
     const void* grad_o;                                 // bf16, strides below
     int64_t grad_stride[3];
-    float* grad_dot;                                    // [batch, seq, heads] grad_o . o, or null
+    float* grad_dot;                                    // [batch, seq, heads] grad_o . o, made with dq
     void *dq, *dk, *dv;
     // States at the ends of the scan, fp32, the public layout [docs, heads, D(, head_dim)]; null where absent.
     const float *kv_in, *z_in;
@@ -32,7 +32,6 @@ extern "C" {
 int taylor_segment_state(const struct TaylorArgs*);     // sums of every segment: (k, v), or (q / den, grad_o) if reverse
 int taylor_scan(const struct TaylorArgs*);              // segment sums -> state before (behind, if reverse) each
 int taylor_output(const struct TaylorArgs*);            // o and denominator; dv if reverse
-int taylor_grad_dot(const struct TaylorArgs*);
 int taylor_gradient(const struct TaylorArgs*);          // dq; dk if reverse
 #ifdef __cplusplus
 }

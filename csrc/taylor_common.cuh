@@ -11,7 +11,7 @@
 //     before each chunk;
 //   2 warpgroups (or 1) make the outputs of 64 tokens each: what comes through the published state, and inside the chunk the
 //     quadratic form;
-//   1 warpgroup loads the chunks ahead.
+//   1 warpgroup loads the chunks ahead and makes the features that the state takes in.
 // Forwards x = k and y = [v | 1 x 8]: every lane finds the denominator in its own last column. Backwards x = q / den and
 // y = [grad_o | -(grad_o . o) | 0 x 7]. Tiles lie in shared memory as planes of 8 columns, 16 bytes a token: the layout wgmma reads unswizzled.
 #pragma once
@@ -22,8 +22,9 @@ namespace taylor {
 
 constexpr int kChunk = 128, kTiles = 10, kRows = kTiles * 16;
 constexpr int kStateWarps = 12, kLoadWarps = 4;  // and 4 or 8 output warps
-constexpr int kPlane = kChunk * 16;              // bytes of a plane of a chunk
-constexpr int kStatePlane = kRows * 16;          // bytes of a plane of the published state
+constexpr int kPlane = kChunk * 16 + 16;         // bytes from plane to plane of a chunk: a row's vectors in different banks
+constexpr int kStatePlane = kRows * 16;          // the same of the published state
+constexpr int kHalf = kChunk / 2, kFeaturePlane = kHalf * 16 + 16, kFeatures = kRows / 8 * kFeaturePlane;     // features of half a chunk
 using bf16 = __nv_bfloat16;
 
 // ---------------------------------------------------------------------------------------------------- segments
@@ -71,32 +72,39 @@ __device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, i
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 // One stage of the ring: x and y feed the state; r (narrow) and u (U columns) are the rows that outputs are made for.
-template <int W, int U, bool Rows, int Stages_, int Published_> struct Layout {
-    static constexpr int Stages = Stages_, Published = Published_, Columns = W, RowColumns = U;
+// Terms: 2 where features keep 16 bits, in two bf16 terms, for the state that is handed to the user.
+template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_> struct Layout {
+    static constexpr int Stages = Stages_, Published = Published_, Halves = Halves_, Terms = Terms_, Columns = W, RowColumns = U;
     static constexpr bool WithRows = Rows;
     static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
-    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, grad_o . o} a token
-    static constexpr int inverse = factors + kChunk * 8;               // bf16 1 / den a token
-    static constexpr int stage = inverse + kChunk * 2;
+    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, d} a token: d = grad_o . o, backwards over den
+    static constexpr int stage = factors + kChunk * 8;
     static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
     static constexpr int state = published + kRows * 4;
-    static constexpr int bars = Stages * stage + Published * state;
-    static constexpr int bytes = bars + (2 * Stages + 2 * Published) * 8;
+    static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
+    static constexpr int bars = states + Published * state;
+    static constexpr int bytes = bars + 2 * (Stages + Published + Halves) * 8;
 };
 template <class L> struct Shared {
     uint32_t base;
     __device__ uint32_t stage(int i) const { return base + i % L::Stages * L::stage; }
+    __device__ uint32_t state(int i) const { return base + L::states + i % L::Published * L::state; }
+    __device__ uint32_t features(int i) const { return base + L::features + i % L::Halves * L::Terms * kFeatures; }
+    // Barriers: a stage is full, empty; features of half a chunk are made, used; a state is published, released.
     __device__ uint32_t full(int i) const { return base + L::bars + i % L::Stages * 8; }
-    __device__ uint32_t empty(int i) const { return base + L::bars + (L::Stages + i % L::Stages) * 8; }
-    __device__ uint32_t state(int i) const { return base + L::Stages * L::stage + i % L::Published * L::state; }
-    __device__ uint32_t published(int i) const { return base + L::bars + (2 * L::Stages + i % L::Published) * 8; }
-    __device__ uint32_t released(int i) const { return base + L::bars + (2 * L::Stages + L::Published + i % L::Published) * 8; }
+    __device__ uint32_t empty(int i) const { return full(i) + L::Stages * 8; }
+    __device__ uint32_t made(int i) const { return base + L::bars + (2 * L::Stages + i % L::Halves) * 8; }
+    __device__ uint32_t used(int i) const { return made(i) + L::Halves * 8; }
+    __device__ uint32_t published(int i) const { return base + L::bars + (2 * L::Stages + 2 * L::Halves + i % L::Published) * 8; }
+    __device__ uint32_t released(int i) const { return published(i) + L::Published * 8; }
     __device__ static int stage_parity(int i) { return i / L::Stages & 1; }
     __device__ static int state_parity(int i) { return i / L::Published & 1; }
+    __device__ static int half_parity(int i) { return i / L::Halves & 1; }
     // Called by every thread of the block.
     __device__ void init(int output_warps) const {
         if (threadIdx.x == 0) {
             for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), kLoadWarps); barrier_init(empty(i), kStateWarps + output_warps); }
+            for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), kLoadWarps); barrier_init(used(i), kStateWarps); }
             for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
         }
         __syncthreads();
@@ -104,30 +112,99 @@ template <class L> struct Shared {
 };
 
 // ---------------------------------------------------------------------------------------------------- loading
-// Rows into planes, 16 bytes at a time; rows past `valid` and vectors past `real` become zeros. Eight lanes fill one
-// core, neighbouring groups of eight lanes neighbouring vectors of the same rows.
+// Rows into planes, 16 bytes at a time, neighbouring lanes neighbouring vectors of a row: whole sectors of device memory
+// for every eight lanes. Rows past `valid` and vectors past `real` become zeros.
 template <int Vectors>
 __device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64_t stride, int valid, int real = Vectors) {
-    #pragma unroll 2
-    for (int i = threadIdx.x & 127; i < kChunk * Vectors; i += 128) {
-        const int rest = i >> 3, vector = rest % Vectors, token = rest / Vectors * 8 + (i & 7);
-        const bool copy = token < valid && vector < real;
-        copy16(to + vector * kPlane + token * 16, copy ? from + token * stride + vector * 8 : from, copy);
+    const int thread = threadIdx.x & 127;
+    #pragma unroll (Vectors > 8 ? 4 : Vectors)
+    for (int i = 0; i < Vectors; ++i) {
+        const int item = thread + i * 128, row = item / Vectors, vector = item % Vectors;
+        const bool copy = row < valid && vector < real;
+        copy16(to + vector * kPlane + row * 16, copy ? from + row * stride + vector * 8 : from, copy);
     }
 }
 
+// Whether it holds for every loading thread.
+__device__ __forceinline__ bool all_loaders(bool x) {
+    uint32_t all;
+    asm volatile("{.reg .pred p, q; setp.ne.b32 p, %1, 0; barrier.cta.red.and.pred q, 1, 128, p; selp.b32 %0, 1, 0, q;}"
+                 : "=r"(all) : "r"((uint32_t)x) : "memory");
+    return all;
+}
+// Elements (first, first + 1) mod 16 of a row of 16.
+__device__ __forceinline__ uint32_t pair(const uint32_t (&x)[8], int first) {
+    return first % 2 ? __byte_perm(x[first / 2 & 7], x[first / 2 + 1 & 7], 0x5432) : x[first / 2 & 7];
+}
+// Feature tiles First .. First + 4 of one token to the planes at `to`. x: its row; z: the row times `one` (1, or 1 / den),
+// lost: what rounding left out of that.
+template <int First, int Terms>
+__device__ __forceinline__ void write_features(uint32_t to, const uint32_t (&x)[8], const uint32_t (&z)[8], const uint32_t (&lost)[8],
+                                               uint32_t one) {
+    #pragma unroll
+    for (int tile = First; tile < First + 5; ++tile)
+        #pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t f[4], rest[4];
+            #pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int own = half * 4 + j;
+                const uint32_t other = pair(x, 2 * own + tile - 1);
+                f[j] = tile == 0 ? z[own] : mul2(z[own], other);
+                if (Terms == 2) rest[j] = tile == 0 ? lost[own] : fma2(lost[own], other, residual2(z[own], other, f[j]));
+                if (tile == 9 && half == 1) { f[j] = j == 0 ? one & 0xffffu : 0u; rest[j] = 0; }      // the constant feature
+            }
+            const uint32_t at = to + (tile * 2 + half) * kFeaturePlane;
+            store_shared_vector(at, f);
+            if (Terms == 2) store_shared_vector(at + kFeatures, rest);
+        }
+}
+// What the loading threads do with a chunk once it is there: the features that the state takes in, half a chunk at a time,
+// two threads a token.
 template <class L, bool Reverse>
-__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<L>& m) {
-    const int token = threadIdx.x & 127, chunks = chunk_count(s);
-    for (int i = 0; i < L::Stages; ++i)            // the ones (forwards), or zeros
-        for (int j = 0; j < 4; ++j)
-            store_shared(m.stage(i) + L::y + L::Columns / 8 * kPlane + token * 16 + j * 4, Reverse ? 0u : 0x3f803f80u);
-    bool pending = false;
-    auto hand_over = [&](int i) {
-        copies_wait<0>();
+__device__ __forceinline__ void make_features(const Shared<L>& m, int i, int valid) {
+    const int token = threadIdx.x & 63;
+    #pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+        const int n = 2 * i + half, row = half * kHalf + token;
+        const uint32_t at = m.stage(i), to = m.features(n) + token * 16;
+        const uint4 a = load_shared_vector(at + L::x + row * 16), b = load_shared_vector(at + L::x + kPlane + row * 16);
+        const uint32_t x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        uint32_t z[8], lost[8], one = row < valid ? 0x3f803f80u : 0u;
+        if (Reverse) {
+            const float inverse = load_shared2(at + L::factors + row * 8).x;
+            one = pack(inverse, inverse);
+        }
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            z[j] = Reverse ? mul2(x[j], one) : x[j];
+            lost[j] = Reverse && L::Terms == 2 ? residual2(x[j], one, z[j]) : 0u;
+        }
+        if (n >= L::Halves) barrier_wait(m.used(n), Shared<L>::half_parity(n - L::Halves));
+        if ((threadIdx.x & 127) < 64) write_features<0, L::Terms>(to, x, z, lost, one);
+        else write_features<5, L::Terms>(to, x, z, lost, one);
         fence_for_tensor_cores();
-        warp_arrive(m.full(i));
-        pending = false;
+        warp_arrive(m.made(n));
+    }
+}
+
+// Loads all chunks ahead; `made`: how many of them go into the state.
+template <class L, bool Reverse>
+__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, int made, const Shared<L>& m) {
+    const int token = threadIdx.x & 127, chunks = chunk_count(s);
+    const uint32_t last = L::y + L::Columns / 8 * kPlane + token * 16;  // this token's row of the last column's plane
+    auto fill_last = [&](uint32_t at, uint32_t x) {
+        for (int j = 0; j < 4; ++j) store_shared(at + last + j * 4, x);
+    };
+    for (int i = 0; i < L::Stages; ++i) fill_last(m.stage(i), Reverse ? 0u : 0x3f803f80u);       // the ones, or zeros
+    constexpr int Ahead = L::Stages < 4 ? L::Stages - 1 : 3;           // chunks on their way at a time
+    int handed = 0;
+    auto hand_over = [&] {
+        fence_for_tensor_cores();
+        warp_arrive(m.full(handed));
+        all_loaders(true);                       // every thread's copies are there
+        if (handed < made) make_features<L, Reverse>(m, handed, s.length - chunk_begin<Reverse>(s, handed));
+        ++handed;
     };
     const int64_t* xs = Reverse ? p.q_stride : p.k_stride;
     const int64_t* rs = Reverse ? p.k_stride : p.q_stride;
@@ -138,38 +215,37 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
         const uint32_t at = m.stage(i);
         if (i >= L::Stages) {
             const int parity = Shared<L>::stage_parity(i - L::Stages);
-            if (pending && !__all_sync(~0u, barrier_passed(m.empty(i), parity))) hand_over(i - 1);
+            if (handed < i && !all_loaders(barrier_test(m.empty(i), parity))) {
+                copies_wait<0>();
+                while (handed < i) hand_over();
+            }
             barrier_wait(m.empty(i), parity);
         }
         float den = 1.f, dot = 0.f;
         if ((Reverse || L::RowColumns) && token < valid) {
             const int64_t index = token_index(p, s.batch, first + token, head);
             den = p.denominator[index];
-            if (p.grad_dot) dot = p.grad_dot[index];
+            if (Reverse) dot = p.grad_dot[index];
         }
         load_planes<2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
         if (L::WithRows)
             load_planes<2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
         load_planes<L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid);
-        if (L::RowColumns)
-            load_planes<L::RowColumns / 8 + !L::RowColumns>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
+        if constexpr (L::RowColumns > 0)
+            load_planes<L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
         copies_commit();
         if (Reverse || L::RowColumns) {
             const float inverse = token < valid ? 1.f / den : 0.f;
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot) : "memory");
-            if (Reverse) {
-                asm volatile("st.shared.b16 [%0], %1;" ::"r"(at + L::inverse + token * 2), "h"((uint16_t)pack(inverse, 0.f)) : "memory");
-                store_shared(at + L::y + L::Columns / 8 * kPlane + token * 16, pack(-dot, 0.f));
-            }
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot * inverse) : "memory");
+            if (Reverse) store_shared(at + last, pack(-dot, 0.f));
         }
-        if (pending) {
-            copies_wait<1>();
-            fence_for_tensor_cores();
-            warp_arrive(m.full(i - 1));
+        if (i - handed == Ahead) {
+            copies_wait<Ahead>();
+            hand_over();
         }
-        pending = true;
     }
-    hand_over(chunks - 1);
+    copies_wait<0>();
+    while (handed < chunks) hand_over();
 }
 
 // ---------------------------------------------------------------------------------------------------- state
@@ -182,76 +258,44 @@ __device__ __forceinline__ float row_weight(int row, float scale) {
 }
 
 // What a state warp keeps: rows 16 tile .. 16 tile + 15 of the state, columns as in an accumulator of width N.
-template <int N, bool Reverse, bool Exact> struct State {
+template <int N, bool Reverse> struct State {
     float sum[N / 2];
 
     __device__ __forceinline__ static int tile() { return threadIdx.x >> 5; }
     __device__ __forceinline__ static int row() { return tile() * 16 + ((threadIdx.x & 31) >> 2); }
 
-    // sum += F(x)^T y over a chunk. Exact: products of features keep 16 bits (two bf16 terms), for the state that is
-    // handed to the user.
-    __device__ __forceinline__ void update(uint32_t x, uint32_t y, uint32_t inverse, int valid) {
-        const int lane = threadIdx.x & 31, t = lane & 3, r = tile() - 1, shifted = (lane >> 2) + max(r, 0);
-        const int source = (shifted & 7) << 2 | t;                     // the lane that holds feature i + r (mod 16)
-        const bool other = shifted & 8;
-        const uint32_t from = x + (lane >> 3 & 1) * kPlane + ((lane >> 4) * 8 + (lane & 7)) * 16;
-        #pragma unroll (N > 72 ? 2 : 8)            // unrolled steps hold their operands
-        for (int step = 0; step < kChunk / 16; ++step) {
-            uint32_t a[4], rest[4] = {0, 0, 0, 0};
-            ldsm4t(a, from + step * 256);
-            if (r >= 0) {
-                #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const uint32_t x0 = __shfl_sync(~0u, a[2 * half], source), x1 = __shfl_sync(~0u, a[2 * half + 1], source);
-                    const uint32_t p0 = mul2(a[2 * half], other ? x1 : x0), p1 = mul2(a[2 * half + 1], other ? x0 : x1);
-                    if (Exact) {
-                        rest[2 * half] = residual2(a[2 * half], other ? x1 : x0, p0);
-                        rest[2 * half + 1] = residual2(a[2 * half + 1], other ? x0 : x1, p1);
-                    }
-                    a[2 * half] = p0;
-                    a[2 * half + 1] = p1;
-                }
-                if (r >= 8) {                    // tile 9: rows 8-15 are the constant feature, then nothing
-                    #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int left = valid - step * 16 - half * 8 - 2 * t;         // real tokens from this lane's pair on
-                        a[2 * half + 1] = lane >= 4 || left <= 0 ? 0u : left == 1 ? 0x3f80u : 0x3f803f80u;
-                        rest[2 * half + 1] = 0;
-                    }
-                }
-                if (r > 8) a[0] = a[1] = a[2] = a[3] = rest[0] = rest[1] = rest[2] = rest[3] = 0;
-            }
-            if (Reverse) {
-                #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const uint32_t factor = load_shared(inverse + (step * 16 + half * 8 + 2 * t) * 2);
-                    #pragma unroll
-                    for (int j = 2 * half; j < 2 * half + 2; ++j) {
-                        const uint32_t scaled = mul2(a[j], factor);
-                        if (Exact) {                                   // (a + rest) * factor in two terms
-                            const uint32_t more = residual2(a[j], factor, scaled), also = mul2(rest[j], factor);
-                            rest[j] = pack(low(more) + low(also), high(more) + high(also));
-                        }
-                        a[j] = scaled;
-                    }
-                }
-            }
+    // sum += F(x)^T y over chunk i. The rows behind the last tile are whatever lies there: nobody reads them.
+    template <class L> __device__ __forceinline__ void update(const Shared<L>& m, int i) {
+        const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
+        const uint32_t y = m.stage(i) + L::y;
+        #pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int n = 2 * i + half;
+            barrier_wait(m.made(n), Shared<L>::half_parity(n));
+            const uint32_t f = m.features(n) + group * 8 * kFeaturePlane;
             wgmma_begin();
-            add_product(a, y + step * 256);
-            if (Exact) add_product(rest, y + step * 256);
+            #pragma unroll
+            for (int term = 0; term < L::Terms; ++term)
+                #pragma unroll
+                for (int step = 0; step < kHalf / 16; ++step)
+                    add_product(f + term * kFeatures + step * 256, y + half * kHalf * 16 + step * 256);
             wgmma_commit();
-            wgmma_wait<1>();                     // the step before: its registers are free
+            if (L::Halves == 1 || half == 1) {
+                wgmma_wait<0>();
+                if (L::Halves > 1) warp_arrive(m.used(n - 1));
+                warp_arrive(m.used(n));
+            }
         }
-        wgmma_wait<0>();
     }
 
-    // sum += a y, in two pieces where one instruction would need more registers than a thread starts with.
-    __device__ __forceinline__ void add_product(const uint32_t (&a)[4], uint32_t y) {
+    // sum += f y, in two pieces where one instruction would need more registers than a thread starts with.
+    __device__ __forceinline__ void add_product(uint32_t f, uint32_t y) {
         constexpr int First = N > 72 ? (N - 8) / 2 : 0;
+        const uint64_t a = operand(f, 128, kFeaturePlane);
         if constexpr (First)
-            Wgmma<First>::template rs<1>(reinterpret_cast<float (&)[First / 2]>(sum), a, operand(y, 128, kPlane), 1);
-        Wgmma<N - First>::template rs<1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), a,
-                                         operand(y + First / 8 * kPlane, 128, kPlane), 1);
+            Wgmma<First>::template ss<1, 1>(reinterpret_cast<float (&)[First / 2]>(sum), a, operand(y, 128, kPlane), 1);
+        Wgmma<N - First>::template ss<1, 1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), a,
+                                            operand(y + First / 8 * kPlane, 128, kPlane), 1);
     }
 
     // The weighted state as bf16 operand; `last`: its last column also in fp32.
@@ -259,12 +303,13 @@ template <int N, bool Reverse, bool Exact> struct State {
         if (tile() >= kTiles) return;
         const int lane = threadIdx.x & 31;
         const float w0 = row_weight(row(), scale), w1 = row_weight(row() + 8, scale);
-        const uint32_t at = to + tile() * 256 + lane * 4;
+        const uint32_t at = to + tile() * 256 + (lane & 15) * 16;       // lanes 16-31: the second column tile of a pair
+        auto top = [&](int n) { return pack(w0 * sum[4 * n], w0 * sum[4 * n + 1]); };
+        auto bottom = [&](int n) { return pack(w1 * sum[4 * n + 2], w1 * sum[4 * n + 3]); };
         #pragma unroll
-        for (int n = 0; n < N / 8; ++n) {
-            store_shared(at + n * kStatePlane, pack(w0 * sum[4 * n], w0 * sum[4 * n + 1]));
-            store_shared(at + n * kStatePlane + 128, pack(w1 * sum[4 * n + 2], w1 * sum[4 * n + 3]));
-        }
+        for (int n = 0; n + 1 < N / 8; n += 2)
+            stsm4(at + (n + (lane >> 4)) * kStatePlane, top(n), bottom(n), top(n + 1), bottom(n + 1));
+        if (N / 8 % 2) stsm2(at + (N / 8 - 1) * kStatePlane, top(N / 8 - 1), bottom(N / 8 - 1));
         if ((lane & 3) == 0) {
             asm volatile("st.shared.f32 [%0], %1;" ::"r"(last + row() * 4), "f"(w0 * sum[N / 2 - 4]) : "memory");
             asm volatile("st.shared.f32 [%0], %1;" ::"r"(last + row() * 4 + 32), "f"(w1 * sum[N / 2 - 2]) : "memory");
@@ -320,7 +365,7 @@ template <int N, bool Reverse, bool Exact> struct State {
 // The state warps' walk beside output warps: publish before each chunk, then take the chunk in.
 template <class L, bool Reverse>
 __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& s, int slot, int head, int column, const Shared<L>& m) {
-    State<L::Columns + 8, Reverse, false> state;
+    State<L::Columns + 8, Reverse> state;
     state.load(p, slot, head, column, s.doc);
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;      // no state before the first chunk
     for (int i = 0; i < chunks; ++i) {
@@ -331,11 +376,7 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
             __syncwarp();
             if (state.tile() < kTiles) warp_arrive(m.published(n));
         }
-        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if (i + 1 < chunks) {
-            const uint32_t at = m.stage(i);
-            state.update(at + L::x, at + L::y, at + L::inverse, min(kChunk, s.length - chunk_begin<Reverse>(s, i)));
-        }
+        if (i + 1 < chunks) state.update(m, i);
         warp_arrive(m.empty(i));
     }
 }
@@ -362,10 +403,7 @@ __device__ __forceinline__ void load_own(uint32_t (&a)[4], uint32_t rows) {
     a[3] = load_shared(at + kPlane + 128);
 }
 // Elements (2t + 8 half + r, and the next) mod 16 of a row held as above.
-__device__ __forceinline__ uint32_t rotated(const uint32_t (&x)[8], int r, int half) {
-    const int m = 4 * half + r / 2;
-    return r % 2 ? __byte_perm(x[m & 7], x[(m + 1) & 7], 0x5432) : x[m & 7];
-}
+__device__ __forceinline__ uint32_t rotated(const uint32_t (&x)[8], int r, int half) { return pair(x, 8 * half + r); }
 // The tensor-core operand F(x) of tile `tile` for the warp's 16 rows.
 __device__ __forceinline__ void features(uint32_t (&a)[4], const uint32_t (&x0)[8], const uint32_t (&x1)[8], int tile) {
     a[0] = x0[0]; a[1] = x1[0]; a[2] = x0[4]; a[3] = x1[4];
@@ -383,6 +421,20 @@ template <int M> __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], 
     a[1] = pack(x[8 * i + 2], x[8 * i + 3]);
     a[2] = pack(x[8 * i + 4], x[8 * i + 5]);
     a[3] = pack(x[8 * i + 6], x[8 * i + 7]);
+}
+// Inside the chunk a row takes columns up to its own (Reverse: from its own on): masks of a 16 x 16 left operand whose
+// columns begin `after` tiles behind the warp's rows. `triangle`: see causal_triangle.
+template <bool Reverse> __device__ __forceinline__ void mask_operand(uint32_t (&a)[4], int after, uint32_t triangle) {
+    const bool all = Reverse ? after > 0 : after < 0, some = after == 0;
+    const uint32_t diagonal = all ? ~0u : some ? triangle : 0u;
+    a[0] &= diagonal;
+    a[Reverse ? 2 : 1] &= all || some ? ~0u : 0u;
+    a[Reverse ? 1 : 2] &= all ? ~0u : 0u;
+    a[3] &= diagonal;
+}
+template <bool Reverse> __device__ __forceinline__ uint32_t causal_triangle() {
+    const int row = (threadIdx.x & 31) >> 2, column = (threadIdx.x & 3) * 2;
+    return (Reverse ? column >= row : column <= row) * 0xffffu | (Reverse ? column + 1 >= row : column + 1 <= row) * 0xffff0000u;
 }
 // The chunk's half that an output warpgroup makes in its turn of step i: halves differ in work, so two groups swap them.
 __device__ __forceinline__ int half_of(int turn, int i) { return turn ^ (i & 1); }

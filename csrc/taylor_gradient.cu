@@ -7,68 +7,72 @@ using namespace taylor;
 
 // How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
 template <int D> struct Shape {
-    static constexpr bool Small = D <= 64;
-    static constexpr int Groups = D <= 96 ? 2 : 1, Threads = (kStateWarps + Groups * 4 + kLoadWarps) * 32;
+    static constexpr int Groups = D <= 64 ? 2 : 1, Threads = (kStateWarps + Groups * 4 + kLoadWarps) * 32;
     // Registers of a thread by role: the sum over warpgroups is what a block starts with, 480.
-    static constexpr int State = D <= 64 ? 72 : D <= 80 ? 80 : D <= 96 ? 88 : 112;
-    static constexpr int Output = D <= 64 ? 120 : D <= 80 ? 104 : D <= 96 ? 88 : 104;
-    static constexpr int Load = D <= 64 ? 24 : D <= 80 ? 32 : 40;
-    static constexpr int Keys = Small ? 64 : 32, Features = Small ? 80 : 32;
-    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 112 ? 2 : 1>;
+    static constexpr int State = D <= 64 ? 64 : 104, Output = 112, Load = 56;
+    static constexpr int Keys = D <= 64 ? 64 : 32, Features = 32;
+    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1>;
 };
+
+// Permutation matrices P_r[i][i + r mod 16] = 1, r = 1 .. 7, as right operands of `mma`: four words a lane.
+constexpr int kPermutations = 7 * 32 * 16;
+__device__ __forceinline__ void write_permutations(uint32_t to) {
+    for (int i = threadIdx.x; i < 7 * 32; i += blockDim.x) {
+        const int r = i / 32 + 1, g = i % 32 >> 2, t = i & 3;
+        #pragma unroll
+        for (int n = 0; n < 2; ++n)
+            #pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int from = (g + 8 * n - r & 15) - 8 * k;
+                store_shared(to + i * 16 + n * 8 + k * 4, from == 2 * t ? 0x3f80u : from == 2 * t + 1 ? 0x3f800000u : 0u);
+            }
+    }
+}
 
 // dx += (dF/dx)^T d for the features [16 tile, 16 tile + 16): d [16 rows][16 features] of this warp, in an accumulator.
 template <int Tile>
-__device__ __forceinline__ void through_features(float (&dx)[8], float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, r = Tile - 1;
-    #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        if (Tile == 0) {
-            #pragma unroll
-            for (int j = 0; j < 4; ++j) dx[4 * n + j] += d[4 * n + j];
-            continue;
-        }
-        if (Tile == 9 && n == 1) continue;       // eight features only, then the constant one
-        const uint32_t u0 = rotated(x0, r, n), u1 = rotated(x1, r, n);
-        const float twice = Tile == 1 ? 2.f : 1.f;
-        dx[4 * n] += twice * d[4 * n] * low(u0);
-        dx[4 * n + 1] += twice * d[4 * n + 1] * high(u0);
-        dx[4 * n + 2] += twice * d[4 * n + 2] * low(u1);
-        dx[4 * n + 3] += twice * d[4 * n + 3] * high(u1);
-    }
-    if (Tile < 2) return;
-    // The other factor: element i of d * x goes to element i + r. For r = 8 that is this lane's own second half.
-    #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        d[4 * n] *= low(x0[4 * n]); d[4 * n + 1] *= high(x0[4 * n]);
-        d[4 * n + 2] *= low(x1[4 * n]); d[4 * n + 3] *= high(x1[4 * n]);
-    }
-    if (Tile == 9) {
+__device__ __forceinline__ void through_features(float (&dx)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
+                                                 uint32_t permutations) {
+    constexpr int r = Tile - 1;
+    if constexpr (Tile == 0) {
         #pragma unroll
-        for (int j = 0; j < 4; ++j) dx[4 + j] += d[j];
-        return;
-    }
-    const uint32_t a[4] = {pack(d[0], d[1]), pack(d[2], d[3]), pack(d[4], d[5]), pack(d[6], d[7])};
-    #pragma unroll
-    for (int n = 0; n < 2; ++n) {                // times the permutation matrix P[i][i + r mod 16] = 1
-        const int from = (g + 8 * n - r) & 15;
-        const uint32_t b0 = from == 2 * t ? 0x3f80u : from == 2 * t + 1 ? 0x3f800000u : 0u;
-        const uint32_t b1 = from == 2 * t + 8 ? 0x3f80u : from == 2 * t + 9 ? 0x3f800000u : 0u;
-        mma(dx + 4 * n, a, b0, b1);
+        for (int j = 0; j < 8; ++j) dx[j] += d[j];
+    } else {
+        #pragma unroll
+        for (int n = 0; n < (Tile == 9 ? 1 : 2); ++n) {                // tile 9: eight features, then the constant one
+            const uint32_t u0 = rotated(x0, r, n), u1 = rotated(x1, r, n);
+            const float times = Tile == 1 ? 2.f : 1.f;
+            dx[4 * n] += times * d[4 * n] * low(u0);
+            dx[4 * n + 1] += times * d[4 * n + 1] * high(u0);
+            dx[4 * n + 2] += times * d[4 * n + 2] * low(u1);
+            dx[4 * n + 3] += times * d[4 * n + 3] * high(u1);
+        }
+        // The other factor: element i of d * x goes to element i + r. For r = 8 that is this lane's own second half.
+        if constexpr (Tile == 9) {
+            dx[4] += d[0] * low(x0[0]); dx[5] += d[1] * high(x0[0]);
+            dx[6] += d[2] * low(x1[0]); dx[7] += d[3] * high(x1[0]);
+        } else if constexpr (Tile > 1) {
+            const uint32_t a[4] = {mul2(pack(d[0], d[1]), x0[0]), mul2(pack(d[2], d[3]), x1[0]),
+                                   mul2(pack(d[4], d[5]), x0[4]), mul2(pack(d[6], d[7]), x1[4])};
+            const uint4 b = load_shared_vector(permutations + ((r - 1) * 32 + (threadIdx.x & 31)) * 16);
+            mma(dx, a, b.x, b.y);
+            mma(dx + 4, a, b.z, b.w);
+        }
     }
 }
 // The same for tiles First .. First + Count - 1, d their accumulators in a row.
 template <int First, int Count>
-__device__ __forceinline__ void through_tiles(float (&dx)[8], float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
-    through_features<First>(dx, d, x0, x1);
-    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, d + 8, x0, x1);
+__device__ __forceinline__ void through_tiles(float (&dx)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
+                                              uint32_t permutations) {
+    through_features<First>(dx, d, x0, x1, permutations);
+    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, d + 8, x0, x1, permutations);
 }
 
 // The gradient that comes through the published state, Features rows of it at a time, from row 16 First on.
 // u: rows of the wide operand; sign, dot: what their last column adds (see publish), dot0 and dot1 for rows g and g + 8.
 template <int D, int Features, int First>
 __device__ __forceinline__ void through_state(float (&dx)[8], uint32_t u, uint32_t state, uint32_t last, float dot0, float dot1,
-                                              const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
+                                              const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
     float d[Features / 2] = {};
     wgmma_begin();
     #pragma unroll
@@ -83,9 +87,46 @@ __device__ __forceinline__ void through_state(float (&dx)[8], uint32_t u, uint32
         d[4 * n] += dot0 * z.x; d[4 * n + 1] += dot0 * z.y;
         d[4 * n + 2] += dot1 * z.x; d[4 * n + 3] += dot1 * z.y;
     }
-    through_tiles<First, Features / 16>(dx, d, x0, x1);
+    through_tiles<First, Features / 16>(dx, d, x0, x1, permutations);
     if constexpr (First + Features / 16 < kTiles)
-        through_state<D, Features, First + Features / 16>(dx, u, state, last, dot0, dot1, x0, x1);
+        through_state<D, Features, First + Features / 16>(dx, u, state, last, dot0, dot1, x0, x1, permutations);
+}
+
+// grad_o . o of the warp's 16 tokens from `first` of the segment on, once the stage is full: to `factors`, where this walk
+// reads it, and to device memory for the kernels that follow. u: their rows of grad_o. Eight lanes share a row.
+template <int D>
+__device__ __forceinline__ void take_dots(const TaylorArgs& p, const Segment& s, int head, int first, int valid, uint32_t u,
+                                          uint32_t factors, uint32_t full, int parity) {
+    constexpr int Vectors = D / 8, Passes = (Vectors + 7) / 8;
+    const int lane = threadIdx.x & 31, row = lane >> 3, vector = lane & 7;
+    const int64_t index = token_index(p, s.batch, s.first + first + row, head);
+    const uint4* from = reinterpret_cast<const uint4*>((const bf16*)p.o + index * D) + vector;
+    uint4 o[4][Passes];
+    #pragma unroll
+    for (int j = 0; j < 4; ++j)
+        #pragma unroll
+        for (int i = 0; i < Passes; ++i)
+            if (row + 4 * j < valid && vector + 8 * i < Vectors) o[j][i] = from[(int64_t)4 * j * p.heads * Vectors + 8 * i];
+            else o[j][i] = uint4{};
+    barrier_wait(full, parity);
+    #pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        float dot = 0.f;
+        #pragma unroll
+        for (int i = 0; i < Passes; ++i) {
+            if (vector + 8 * i >= Vectors) continue;
+            const uint4 x = o[j][i], y = load_shared_vector(u + (vector + 8 * i) * kPlane + (row + 4 * j) * 16);
+            dot += low(x.x) * low(y.x) + high(x.x) * high(y.x) + low(x.y) * low(y.y) + high(x.y) * high(y.y)
+                 + low(x.z) * low(y.z) + high(x.z) * high(y.z) + low(x.w) * low(y.w) + high(x.w) * high(y.w);
+        }
+        #pragma unroll
+        for (int mask = 4; mask; mask >>= 1) dot += __shfl_xor_sync(~0u, dot, mask);
+        if (vector == 0) {
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(factors + (row + 4 * j) * 8 + 4), "f"(dot) : "memory");
+            if (row + 4 * j < valid) p.grad_dot[index + (int64_t)4 * j * p.heads] = dot;
+        }
+    }
+    __syncwarp();
 }
 
 template <int D, bool Reverse>
@@ -94,28 +135,31 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
     constexpr int Keys = Shape<D>::Keys, Groups = Shape<D>::Groups;
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
+    const uint32_t triangle = causal_triangle<Reverse>();
     for (int i = 0; i < chunks; ++i) {
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), n = i - skipped;
         const uint32_t at = m.stage(i);
-        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if (n >= 0) barrier_wait(m.published(n), Shared<L>::state_parity(n));
+        if (Reverse) barrier_wait(m.full(i), Shared<L>::stage_parity(i));
         #pragma unroll 1
-        for (int turn = (threadIdx.x >> 7) - kStateWarps / 4; turn < 2; turn += Groups) {
+        for (int turn = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4; turn < 2; turn += Groups) {
             const int half = half_of(turn, i);
             const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 16, u = at + L::u + half * 1024;
             const bool work = half * 64 < valid;
             float dx[8] = {};
-            float2 f0 = {1.f, 0.f}, f1 = {1.f, 0.f};                       // {1 / den, grad_o . o} of this lane's two rows
+            float2 f0 = {1.f, 0.f}, f1 = {1.f, 0.f};               // {1 / den, grad_o . o} of this lane's two rows
             if (!Reverse) {
+                take_dots<D>(p, s, head, begin + half * 64 + warp * 16, valid - half * 64 - warp * 16, rows - L::r + L::u,
+                             at + L::factors + (half * 64 + warp * 16) * 8, m.full(i), Shared<L>::stage_parity(i));
                 f0 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2)) * 8);
                 f1 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2) + 8) * 8);
             }
             if (n >= 0) {
+                barrier_wait(m.published(n), Shared<L>::state_parity(n));
                 if (work) {
                     uint32_t x0[8], x1[8];
                     load_rows(x0, x1, rows);
                     through_state<D, Shape<D>::Features, 0>(dx, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
-                                                            Reverse ? 1.f : -f1.y, x0, x1);
+                                                            Reverse ? 1.f : -f1.y, x0, x1, m.base + L::bytes);
                 }
                 if (turn + Groups >= 2) warp_arrive(m.released(n));
             }
@@ -135,21 +179,22 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                     wgmma_wait<0>();
                     #pragma unroll
                     for (int c = 0; c < Keys / 8; ++c) {
-                        float4 factor;               // {1 / den, grad_o . o} of two columns
+                        float4 factor;               // {1 / den, grad_o . o / den} of two columns
                         if (Reverse) factor = load_shared4(at + L::factors + (key + c * 8 + 2 * t) * 8);
                         #pragma unroll
                         for (int e = 0; e < 4; ++e) {
-                            const int row = half * 64 + warp * 16 + (lane >> 2) + (e >> 1) * 8, col = key + c * 8 + 2 * t + (e & 1);
-                            float y = d[4 * c + e];
-                            if (Reverse) y = (y - (e & 1 ? factor.w : factor.y)) * (e & 1 ? factor.z : factor.x);
+                            float& y = d[4 * c + e];
+                            if (Reverse) y = fmaf(y, e & 1 ? factor.z : factor.x, -(e & 1 ? factor.w : factor.y));
                             else y -= e & 2 ? f1.y : f0.y;
-                            y *= fmaf(x[4 * c + e], p.scale, 1.f) * p.scale;
-                            d[4 * c + e] = (Reverse ? col < row : col > row) ? 0.f : y;
+                            y *= fmaf(x[4 * c + e], p.scale * p.scale, p.scale);
                         }
                     }
                     uint32_t a[Keys / 16][4];
                     #pragma unroll
-                    for (int k = 0; k < Keys / 16; ++k) pack_operand(a[k], d, k);
+                    for (int k = 0; k < Keys / 16; ++k) {
+                        pack_operand(a[k], d, k);
+                        mask_operand<Reverse>(a[k], key / 16 + k - half * 4 - warp, triangle);
+                    }
                     wgmma_begin();
                     #pragma unroll
                     for (int k = 0; k < Keys / 16; ++k)
@@ -181,6 +226,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     const Shared<L> m{address(shared)};
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
+    write_permutations(m.base + L::bytes);
     m.init(Shape<D>::Groups * 4);
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
@@ -192,12 +238,12 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
         make_gradients<D, Reverse>(p, s, blockIdx.y, m);
     } else {
         registers_down<Shape<D>::Load>();
-        load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
+        load_chunks<L, Reverse>(p, s, blockIdx.y, 0, chunk_count(s) - 1, m);
     }
 }
 
 template <int D> static int run(const TaylorArgs& p) {
-    constexpr int bytes = Shape<D>::Tiles::bytes;
+    constexpr int bytes = Shape<D>::Tiles::bytes + kPermutations;
     static_assert(bytes <= 232448, "more shared memory than a block may have");
     const dim3 grid(p.slots, p.heads);
     return p.reverse ? launch(gradient<D, true>, grid, Shape<D>::Threads, bytes, p) : launch(gradient<D, false>, grid, Shape<D>::Threads, bytes, p);

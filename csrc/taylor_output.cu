@@ -6,15 +6,16 @@
 #include "taylor_common.cuh"
 using namespace taylor;
 
-template <int W> using Tiles = Layout<W, 0, true, 3, 2>;
+template <int W> using Tiles = Layout<W, 0, true, 4, 2, 2, 1>;
 constexpr int kOutputWarps = 8, kThreads = (kStateWarps + kOutputWarps + kLoadWarps) * 32;
 
 template <int W, bool Reverse>
 __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<Tiles<W>>& m) {
     using L = Tiles<W>;
     constexpr int N = Reverse ? W : W + 8;       // backwards no denominator is wanted
-    const int group = (threadIdx.x >> 7) - kStateWarps / 4, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
+    const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
+    const uint32_t triangle = causal_triangle<Reverse>();
     for (int i = 0; i < chunks; ++i) {
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), half = half_of(group, i), n = i - skipped;
         const uint32_t at = m.stage(i), rows = at + L::r + (half * 64 + warp * 16) * 16;
@@ -27,13 +28,15 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
                 uint32_t x0[8], x1[8];
                 load_rows(x0, x1, rows);
                 #pragma unroll
-                for (int tile = 0; tile < kTiles; ++tile) {
-                    uint32_t a[4];
-                    features(a, x0, x1, tile);
+                for (int first = 0; first < kTiles; first += 5) {
+                    uint32_t a[5][4];
+                    #pragma unroll
+                    for (int j = 0; j < 5; ++j) features(a[j], x0, x1, first + j);
                     wgmma_begin();
-                    Wgmma<N>::template rs<1>(acc, a, operand(m.state(n) + tile * 256, 128, kStatePlane), 1);
+                    #pragma unroll
+                    for (int j = 0; j < 5; ++j)
+                        Wgmma<N>::template rs<1>(acc, a[j], operand(m.state(n) + (first + j) * 256, 128, kStatePlane), 1);
                     wgmma_commit();
-                    wgmma_wait<1>();
                 }
                 wgmma_wait<0>();
             }
@@ -56,16 +59,17 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
                     if (Reverse) factor = load_shared4(at + L::factors + (block * 64 + c * 8 + 2 * t) * 8);
                     #pragma unroll
                     for (int e = 0; e < 4; ++e) {
-                        const int row = warp * 16 + (lane >> 2) + (e >> 1) * 8, col = c * 8 + 2 * t + (e & 1);
-                        float x = w[4 * c + e] * p.scale;
-                        x = fmaf(x, fmaf(x, 0.5f, 1.f), 1.f);
+                        float& x = w[4 * c + e];
+                        x = fmaf(x, fmaf(x, 0.5f * p.scale * p.scale, p.scale), 1.f);
                         if (Reverse) x *= e & 1 ? factor.z : factor.x;
-                        w[4 * c + e] = block == half && (Reverse ? col < row : col > row) ? 0.f : x;
                     }
                 }
                 uint32_t a[4][4];
                 #pragma unroll
-                for (int k = 0; k < 4; ++k) pack_operand(a[k], w, k);
+                for (int k = 0; k < 4; ++k) {
+                    pack_operand(a[k], w, k);
+                    mask_operand<Reverse>(a[k], (block - half) * 4 + k - warp, triangle);
+                }
                 wgmma_begin();
                 #pragma unroll
                 for (int k = 0; k < 4; ++k)
@@ -76,18 +80,33 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
         }
         warp_arrive(m.empty(i));
         if (!work) continue;
+        // Through shared memory, so that rows go out in whole sectors.
+        constexpr int Stride = W * 2 + 16;
+        const int first = half * 64 + warp * 16;
+        const uint32_t own_rows = m.base + Tiles<W>::bytes + (group * 4 + warp) * 16 * Stride;
+        const float den[2] = {acc[N / 2 - 4], acc[N / 2 - 2]};
+        const float f0 = Reverse ? 1.f : 1.f / den[0], f1 = Reverse ? 1.f : 1.f / den[1];
+        auto top = [&](int c) { return pack(acc[4 * c] * f0, acc[4 * c + 1] * f0); };
+        auto bottom = [&](int c) { return pack(acc[4 * c + 2] * f1, acc[4 * c + 3] * f1); };
+        const uint32_t to = own_rows + (lane & 15) * Stride + (lane >> 4) * 16;
         #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            const int row = half * 64 + warp * 16 + (lane >> 2) + side * 8;
-            const float den = Reverse ? 1.f : acc[N / 2 - 4 + 2 * side], factor = 1.f / den;
-            if (row >= valid) continue;
-            const int64_t index = token_index(p, s.batch, s.first + begin + row, head);
-            if (!Reverse && t == 0 && column == 0) p.denominator[index] = den;
-            bf16* to = (bf16*)(Reverse ? p.dv : p.o) + index * p.head_dim + column + t * 2;
+        for (int c = 0; c + 1 < W / 8; c += 2) stsm4(to + c * 16, top(c), bottom(c), top(c + 1), bottom(c + 1));
+        if (W / 8 % 2) stsm2(to + (W / 8 - 1) * 16, top(W / 8 - 1), bottom(W / 8 - 1));
+        __syncwarp();
+        const int64_t index = token_index(p, s.batch, s.first + begin + first, head);
+        if (!Reverse && t == 0 && column == 0) {
             #pragma unroll
-            for (int c = 0; c < W / 8; ++c)
-                *reinterpret_cast<uint32_t*>(to + c * 8) = pack(acc[4 * c + 2 * side] * factor, acc[4 * c + 2 * side + 1] * factor);
+            for (int side = 0; side < 2; ++side)
+                if (first + (lane >> 2) + side * 8 < valid) p.denominator[index + (int64_t)((lane >> 2) + side * 8) * p.heads] = den[side];
         }
+        bf16* out = (bf16*)(Reverse ? p.dv : p.o) + index * p.head_dim + column;
+        #pragma unroll
+        for (int v = lane; v < 2 * W; v += 32) {
+            const int row = v / (W / 8), c = v % (W / 8) * 8;
+            if (first + row < valid)
+                *reinterpret_cast<uint4*>(out + (int64_t)row * p.heads * p.head_dim + c) = load_shared_vector(own_rows + row * Stride + c * 2);
+        }
+        __syncwarp();
     }
 }
 
@@ -102,20 +121,20 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
     m.init(kOutputWarps);
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
-        registers_down<72>();
+        registers_down<64>();
         carry_state<L, Reverse>(p, s, slot, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps) {
         registers_up<112>();
         make_outputs<W, Reverse>(p, s, head, column, m);
     } else {
-        registers_down<40>();
-        load_chunks<L, Reverse>(p, s, head, column, m);
+        registers_down<56>();
+        load_chunks<L, Reverse>(p, s, head, column, chunk_count(s) - 1, m);
     }
 }
 
 template <int W> static int run(const TaylorArgs& p) {
+    constexpr int bytes = Tiles<W>::bytes + kOutputWarps * 16 * (W * 2 + 16);
     const dim3 grid(p.slots * (p.head_dim / W), p.heads);
-    return p.reverse ? launch(output<W, true>, grid, kThreads, Tiles<W>::bytes, p)
-                     : launch(output<W, false>, grid, kThreads, Tiles<W>::bytes, p);
+    return p.reverse ? launch(output<W, true>, grid, kThreads, bytes, p) : launch(output<W, false>, grid, kThreads, bytes, p);
 }
 extern "C" int taylor_output(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, (run<kD <= 64 ? kD : kD / 2>(*p))) }

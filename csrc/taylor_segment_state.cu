@@ -4,11 +4,11 @@
 using namespace taylor;
 
 constexpr int kSegmentThreads = (kStateWarps + kLoadWarps) * 32;
-template <int W> using Tiles = Layout<W, 0, false, 4, 1>;
+template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, 2, Exact ? 2 : 1>;
 
 template <int W, bool Exact, bool Reverse>
 __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid_constant__ TaylorArgs p) {
-    using L = Tiles<W>;
+    using L = Tiles<W, Exact>;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = p.head_dim / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
@@ -16,14 +16,12 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
     if (!find_segment(p, slot, s)) return;
     m.init(0);
     if (threadIdx.x >> 5 >= kStateWarps) {
-        load_chunks<L, Reverse>(p, s, head, column, m);
+        load_chunks<L, Reverse>(p, s, head, column, chunk_count(s), m);
         return;
     }
-    State<W + 8, Reverse, Exact> state = {};
+    State<W + 8, Reverse> state = {};
     for (int i = 0; i < chunk_count(s); ++i) {
-        const uint32_t at = m.stage(i);
-        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        state.update(at + L::x, at + L::y, at + L::inverse, min(kChunk, s.length - chunk_begin<Reverse>(s, i)));
+        state.update(m, i);
         warp_arrive(m.empty(i));
     }
     state.store(p, slot, head, column);
@@ -31,8 +29,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
 
 template <int W, bool Exact> static int run(const TaylorArgs& p) {
     const dim3 grid(p.slots * (p.head_dim / W), p.heads);
-    return p.reverse ? launch(segment_state<W, Exact, true>, grid, kSegmentThreads, Tiles<W>::bytes, p)
-                     : launch(segment_state<W, Exact, false>, grid, kSegmentThreads, Tiles<W>::bytes, p);
+    return p.reverse ? launch(segment_state<W, Exact, true>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p)
+                     : launch(segment_state<W, Exact, false>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p);
 }
 template <int W> static int run(const TaylorArgs& p) { return p.exact ? run<W, true>(p) : run<W, false>(p); }
 extern "C" int taylor_segment_state(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, (run<kD <= 64 ? kD : kD / 2>(*p))) }

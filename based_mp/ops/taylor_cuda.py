@@ -126,7 +126,7 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot}
-    _launch(["grad_dot", "gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None,
+    _launch(["gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None,
             summed=summed, **common)
     suffix = torch.empty(space_shape, dtype=torch.float32, device=v.device) if split else None
     _launch(["segment_state"] * split + ["scan"] * scan + ["output", "gradient"], p, q, k, v, scale, reverse=True,
