@@ -9,6 +9,7 @@ struct TaylorArgs {
     const int* cu_seqlens;                              // [docs + 1] or null
     // Work space and outputs; o, dq, dk, dv, denominator and grad_dot are contiguous [batch, seq, heads, ...].
     float* space;                                       // [slots, heads, 160, head_dim + 8] segment states, or null
+    float* boundaries;                                  // the same, to be written by taylor_output as taylor_scan would, or null
     void* o;
     float* denominator;                                 // [batch, seq, heads]
     const void* grad_o;                                 // bf16, strides below
@@ -21,6 +22,7 @@ struct TaylorArgs {
     int batch, seq, heads, features, head_dim;
     int docs, segments, segment, slots;                 // segments of `segment` tokens each document (fixed lengths)
     int exact, reverse;
+    int boundary;                                       // segment length of `boundaries`, a multiple of 128
     int summed;                                         // taylor_scan ran on `space`; else the readers add up segments
     float scale;
     void* stream;

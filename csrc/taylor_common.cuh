@@ -116,12 +116,23 @@ template <class L> struct Shared {
 // for every eight lanes. Rows past `valid` and vectors past `real` become zeros.
 template <int Vectors>
 __device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64_t stride, int valid, int real = Vectors) {
+    constexpr int Rows = 128 / Vectors, Rest = 128 % Vectors;          // from one item of a thread to its next
     const int thread = threadIdx.x & 127;
-    #pragma unroll (Vectors > 8 ? 4 : Vectors)
+    int row = thread / Vectors, vector = thread % Vectors;
+    from += row * stride + vector * 8;
+    to += vector * kPlane + row * 16;
+    const bool whole = valid >= kChunk && real == Vectors;
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    #pragma unroll (Vectors > 8 ? 2 : Vectors)
     for (int i = 0; i < Vectors; ++i) {
-        const int item = thread + i * 128, row = item / Vectors, vector = item % Vectors;
-        const bool copy = row < valid && vector < real;
-        copy16(to + vector * kPlane + row * 16, copy ? from + row * stride + vector * 8 : from, copy);
+        if (whole) copy16(to, from);
+        else if (row < valid && vector < real) copy16(to, from);
+        else store_shared_vector(to, zeros);
+        const int wraps = Rest > 0 && vector + Rest >= Vectors;
+        row += Rows + wraps;
+        vector += Rest - wraps * Vectors;
+        from += (Rows + wraps) * stride + (Rest - wraps * Vectors) * 8;
+        to += (Rows + wraps) * 16 + (Rest - wraps * Vectors) * kPlane;
     }
 }
 
@@ -318,15 +329,15 @@ template <int N, bool Reverse> struct State {
     }
 
     // Rows of the fp32 work space [slot][head][160][head_dim + 8]; columns [column, column + N - 8), then head_dim ...
-    __device__ __forceinline__ static float* space(const TaylorArgs& p, int slot, int head) {
-        return p.space + (((int64_t)slot * p.heads + head) * kRows + row()) * (p.head_dim + 8) + (threadIdx.x & 3) * 2;
+    __device__ __forceinline__ static float* rows(const TaylorArgs& p, float* space, int slot, int head) {
+        return space + (((int64_t)slot * p.heads + head) * kRows + row()) * (p.head_dim + 8) + (threadIdx.x & 3) * 2;
     }
     __device__ __forceinline__ static int space_column(const TaylorArgs& p, int n, int column) {
         return n < N / 8 - 1 ? column + n * 8 : p.head_dim;
     }
-    __device__ __forceinline__ void store(const TaylorArgs& p, int slot, int head, int column) const {
+    __device__ __forceinline__ void store(const TaylorArgs& p, float* space, int slot, int head, int column) const {
         if (tile() >= kTiles) return;
-        float* to = space(p, slot, head);
+        float* to = rows(p, space, slot, head);
         #pragma unroll
         for (int n = 0; n < N / 8; ++n)
             #pragma unroll
@@ -349,7 +360,7 @@ template <int N, bool Reverse> struct State {
         }
         #pragma unroll 1
         for (int i = from; i < to; ++i) {
-            const float* at = space(p, i, head);
+            const float* at = rows(p, p.space, i, head);
             #pragma unroll
             for (int n = 0; n < N / 8; ++n)
                 #pragma unroll
@@ -367,9 +378,12 @@ template <class L, bool Reverse>
 __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& s, int slot, int head, int column, const Shared<L>& m) {
     State<L::Columns + 8, Reverse> state;
     state.load(p, slot, head, column, s.doc);
+    auto at_boundary = [&](int begin) { return Reverse ? (begin + kChunk) % p.boundary == 0 || begin + kChunk >= s.length : begin % p.boundary == 0; };
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;      // no state before the first chunk
     for (int i = 0; i < chunks; ++i) {
-        const int n = i - skipped;
+        const int n = i - skipped, begin = chunk_begin<Reverse>(s, i);
+        if (p.boundaries && at_boundary(begin))
+            state.store(p, p.boundaries, s.doc * ((s.length + p.boundary - 1) / p.boundary) + begin / p.boundary, head, column);
         if (n >= 0) {
             if (n >= L::Published) barrier_wait(m.released(n), Shared<L>::state_parity(n - L::Published));
             state.publish(m.state(n), m.state(n) + L::last, p.scale);

@@ -108,6 +108,12 @@ __device__ __forceinline__ void take_dots(const TaylorArgs& p, const Segment& s,
         for (int i = 0; i < Passes; ++i)
             if (row + 4 * j < valid && vector + 8 * i < Vectors) o[j][i] = from[(int64_t)4 * j * p.heads * Vectors + 8 * i];
             else o[j][i] = uint4{};
+    // The next chunk's rows are asked for meanwhile: this warp's, with the halves swapped where two groups take turns.
+    const int ahead = kChunk + (Shape<D>::Groups == 2 ? (first / kHalf % 2 ? -kHalf : kHalf) : 0) + (lane & 15);
+    if (first + ahead < s.length && (lane >> 4) * 64 < D) {
+        const bf16* line = (const bf16*)p.o + (index + (int64_t)(ahead - row) * p.heads) * D + (lane >> 4) * 64;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
     barrier_wait(full, parity);
     #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
         state.update(m, i);
         warp_arrive(m.empty(i));
     }
-    state.store(p, slot, head, column);
+    state.store(p, p.space, slot, head, column);
 }
 
 template <int W, bool Exact> static int run(const TaylorArgs& p) {

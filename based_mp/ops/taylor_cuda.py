@@ -51,23 +51,43 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, reverse: bool = False,
-            exact: bool = False, summed: bool = False, **tensors: Tensor | None) -> None:
+            exact: bool = False, summed: bool = False, boundary: int = 0, **tensors: Tensor | None) -> None:
     b, s, h, f = q.shape
     grad_o = tensors.get("grad_o")
     order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_dot", "dq", "dk", "dv", "kv_in", "z_in",
-             "kv_out", "z_out"]
+             "kv_out", "z_out", "boundaries"]
     given = [q, k, v] + [tensors.get(name) for name in order]
     pointers = [0 if x is None else x.data_ptr() for x in given]
     strides = [n for x in (q, k, v, v if grad_o is None else grad_o) for n in x.stride()[:3]]
     sizes = [b, s, h, f, v.shape[-1], p.docs, p.segments, p.length, p.slots, int(exact), int(reverse),
-             int(summed)]
+             int(summed), boundary]
     with torch.cuda.device(q.device):
         extension().launch(names, pointers, strides, sizes, scale, torch.cuda.current_stream().cuda_stream)
 
 
-def _needs_scan(p: Plan, with_states: bool) -> bool:
-    """A scan kernel between segment sums and outputs; for few segments the readers add them up themselves."""
-    return with_states or p.segments > SEGMENTS_WITHOUT_SCAN
+def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bool, given: bool) -> str:
+    """How the state reaches each segment: "none" (one segment), "sums" (readers add up the sums of earlier segments),
+    "scan" (a kernel does, needed where states come in or go out: `given`), or "walk" (outputs walk whole sequences and
+    leave the state at every segment for the gradients)."""
+    if given or p.segments > SEGMENTS_WITHOUT_SCAN:
+        return "scan"
+    if p.slots == p.docs:
+        return "none"
+    parts = 1 if head_dim <= 64 else 2                      # the blocks of taylor_output.cu a head
+    return "walk" if not packed and batch * heads * parts >= 3 * BLOCKS // 4 else "sums"
+
+
+def holds_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, given: bool) -> bool:
+    """Whether the work space a forward saves holds the states before segments, not the sums of segments."""
+    return _states(_shapes(q, v, cu_seqlens)[0], *v.shape, cu_seqlens is not None, given) != "sums"
+
+
+def _kernels(states: str, p: Plan, seq: int, space: Tensor | None) -> tuple[list[str], Plan, dict[str, object]]:
+    """The kernels up to and with the output's, the plan they run with, and what they get."""
+    if states == "walk":
+        return ["output"], Plan(p.docs, 1, seq, p.docs), {"boundaries": space, "boundary": p.length}
+    before = ["segment_state"] * (states != "none") + ["scan"] * (states == "scan")
+    return [*before, "output"], p, {"space": space, "summed": states == "scan"}
 
 
 def _shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Plan, tuple[int, ...], tuple[int, ...]]:
@@ -86,25 +106,24 @@ def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor
     q, k, v = (_aligned(x) for x in (q, k, v))
     o = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
     denominator = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-    scan = _needs_scan(p, return_state or kv is not None)
-    split = scan or p.slots > p.docs
-    space = torch.empty(space_shape if split else (0,), dtype=torch.float32, device=v.device)
+    states = _states(p, *v.shape, cu_seqlens is not None, return_state or kv is not None)
+    space = torch.empty((0,) if states == "none" else space_shape, dtype=torch.float32, device=v.device)
     kv_out = torch.empty(kv_shape if return_state else (0,), dtype=torch.float32, device=v.device)
     z_out = torch.empty(kv_shape[:-1] if return_state else (0,), dtype=torch.float32, device=v.device)
     kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
-    _launch(["segment_state"] * split + ["scan"] * scan + ["output"], p, q, k, v, scale, exact=return_state,
-            summed=scan, cu_seqlens=cu_seqlens, space=space if split else None, o=o, denominator=denominator,
-            kv_in=kv, z_in=z, kv_out=kv_out if return_state else None, z_out=z_out if return_state else None)
+    names, walked, how = _kernels(states, p, v.shape[1], space if space.numel() else None)
+    _launch(names, walked, q, k, v, scale, exact=return_state, cu_seqlens=cu_seqlens, o=o, denominator=denominator,
+            kv_in=kv, z_in=z, kv_out=kv_out if return_state else None, z_out=z_out if return_state else None, **how)
     return o.to(dtype), denominator, space, kv_out, z_out
 
 
 @taylor_forward.register_fake
 def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
-    split = _needs_scan(p, return_state or kv is not None) or p.slots > p.docs
+    states = _states(p, *v.shape, cu_seqlens is not None, return_state or kv is not None)
     full = {"dtype": torch.float32, "device": v.device}
     return (torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(v.shape[:3], **full),
-            torch.empty(space_shape if split else (0,), **full),
+            torch.empty((0,) if states == "none" else space_shape, **full),
             torch.empty(kv_shape if return_state else (0,), **full),
             torch.empty(kv_shape[:-1] if return_state else (0,), **full))
 
@@ -112,31 +131,31 @@ def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
 def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-                    want_state: bool, summed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z; `summed`: the forward ran a scan."""
+                    want_state: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z; `summed`: see `holds_states`."""
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
     dtype = v.dtype
     q, k, v, grad_o = (_aligned(x) for x in (q, k, v, grad_o))
     o = o.to(torch.bfloat16).contiguous()
     dot = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))
-    scan = _needs_scan(p, want_state or grad_kv is not None)
-    split = scan or p.slots > p.docs
+    states = _states(p, *v.shape, cu_seqlens is not None, want_state or grad_kv is not None)
     grad_kv, grad_z = (None if x is None else x.float().contiguous() for x in (grad_kv, grad_z))
     dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot}
     _launch(["gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None,
             summed=summed, **common)
-    suffix = torch.empty(space_shape, dtype=torch.float32, device=v.device) if split else None
-    _launch(["segment_state"] * split + ["scan"] * scan + ["output", "gradient"], p, q, k, v, scale, reverse=True,
-            summed=scan, space=suffix, dk=dk, dv=dv, kv_in=grad_kv, z_in=grad_z, kv_out=dkv if want_state else None,
-            z_out=dz if want_state else None, **common)
+    suffix = None if states == "none" else torch.empty(space_shape, dtype=torch.float32, device=v.device)
+    names, walked, how = _kernels(states, p, v.shape[1], suffix)
+    _launch(names, walked, q, k, v, scale, reverse=True, dv=dv, kv_in=grad_kv, z_in=grad_z,
+            kv_out=dkv if want_state else None, z_out=dz if want_state else None, **common, **how)
+    _launch(["gradient"], p, q, k, v, scale, reverse=True, space=suffix, summed=states != "sums", dk=dk, **common)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dkv, dz
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state, summed=False):
+def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state, summed):
     _, _, kv_shape = _shapes(q, v, cu_seqlens)
     return (*(torch.empty(x.shape, dtype=v.dtype, device=v.device) for x in (q, k, v)),
             torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device),
@@ -149,7 +168,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, o, denominator, space, cu_seqlens)
     ctx.scale, ctx.return_state = scale, return_state
     ctx.want_state = kv is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
-    ctx.summed = _needs_scan(_shapes(q, v, cu_seqlens)[0], return_state or kv is not None)
+    ctx.summed = holds_states(q, v, cu_seqlens, return_state or kv is not None)
     ctx.mark_non_differentiable(denominator, space)
     ctx.set_materialize_grads(True)
 
