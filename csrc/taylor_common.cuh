@@ -11,7 +11,8 @@
 //     before each chunk;
 //   2 warpgroups (or 1) make the outputs of 64 tokens each: what comes through the published state, and inside the chunk the
 //     quadratic form;
-//   1 warpgroup loads the chunks ahead and makes the features that the state takes in.
+//   1 warpgroup (or half of one) makes the features that the state takes in;
+//   1 warpgroup (or half of one) loads the chunks ahead.
 // Forwards x = k and y = [v | 1 x 8]: every lane finds the denominator in its own last column. Backwards x = q / den and
 // y = [grad_o | -(grad_o . o) | 0 x 7]. Tiles lie in shared memory as planes of 8 columns, 16 bytes a token: the layout wgmma reads unswizzled.
 #pragma once
@@ -21,7 +22,7 @@
 namespace taylor {
 
 constexpr int kChunk = 128, kTiles = 10, kRows = kTiles * 16;
-constexpr int kStateWarps = 12, kLoadWarps = 4;  // and 4 or 8 output warps
+constexpr int kStateWarps = 12;                  // and 4 or 8 output warps, 2 or 4 each for features and loads
 constexpr int kPlane = kChunk * 16 + 16;         // bytes from plane to plane of a chunk: a row's vectors in different banks
 constexpr int kStatePlane = kRows * 16;          // the same of the published state
 constexpr int kHalf = kChunk / 2, kFeaturePlane = kHalf * 16 + 16, kFeatures = kRows / 8 * kFeaturePlane;     // features of half a chunk
@@ -73,8 +74,10 @@ __device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, i
 // ---------------------------------------------------------------------------------------------------- shared memory
 // One stage of the ring: x and y feed the state; r (narrow) and u (U columns) are the rows that outputs are made for.
 // Terms: 2 where features keep 16 bits, in two bf16 terms, for the state that is handed to the user.
-template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_> struct Layout {
-    static constexpr int Stages = Stages_, Published = Published_, Halves = Halves_, Terms = Terms_, Columns = W, RowColumns = U;
+// Helpers: threads that make features, and as many that load.
+template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_, int Helpers_> struct Layout {
+    static constexpr int Stages = Stages_, Published = Published_, Halves = Halves_, Terms = Terms_, Helpers = Helpers_, Columns = W;
+    static constexpr int RowColumns = U;
     static constexpr bool WithRows = Rows;
     static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
     static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, d} a token: d = grad_o . o, backwards over den
@@ -103,8 +106,8 @@ template <class L> struct Shared {
     // Called by every thread of the block.
     __device__ void init(int output_warps) const {
         if (threadIdx.x == 0) {
-            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), kLoadWarps); barrier_init(empty(i), kStateWarps + output_warps); }
-            for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), kLoadWarps); barrier_init(used(i), kStateWarps); }
+            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), L::Helpers / 32); barrier_init(empty(i), kStateWarps + output_warps); }
+            for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), L::Helpers / 32); barrier_init(used(i), kStateWarps); }
             for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
         }
         __syncthreads();
@@ -114,17 +117,17 @@ template <class L> struct Shared {
 // ---------------------------------------------------------------------------------------------------- loading
 // Rows into planes, 16 bytes at a time, neighbouring lanes neighbouring vectors of a row: whole sectors of device memory
 // for every eight lanes. Rows past `valid` and vectors past `real` become zeros.
-template <int Vectors>
+template <int Helpers, int Vectors>
 __device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64_t stride, int valid, int real = Vectors) {
-    constexpr int Rows = 128 / Vectors, Rest = 128 % Vectors;          // from one item of a thread to its next
-    const int thread = threadIdx.x & 127;
+    constexpr int Rows = Helpers / Vectors, Rest = Helpers % Vectors;  // from one item of a thread to its next
+    const int thread = threadIdx.x % Helpers;
     int row = thread / Vectors, vector = thread % Vectors;
     from += row * stride + vector * 8;
     to += vector * kPlane + row * 16;
     const bool whole = valid >= kChunk && real == Vectors;
     const uint32_t zeros[4] = {0, 0, 0, 0};
-    #pragma unroll (Vectors > 8 ? 2 : Vectors)
-    for (int i = 0; i < Vectors; ++i) {
+    #pragma unroll (Vectors > 8 ? 2 : 8)
+    for (int i = 0; i < Vectors * (kChunk / Helpers); ++i) {
         if (whole) copy16(to, from);
         else if (row < valid && vector < real) copy16(to, from);
         else store_shared_vector(to, zeros);
@@ -136,13 +139,6 @@ __device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64
     }
 }
 
-// Whether it holds for every loading thread.
-__device__ __forceinline__ bool all_loaders(bool x) {
-    uint32_t all;
-    asm volatile("{.reg .pred p, q; setp.ne.b32 p, %1, 0; barrier.cta.red.and.pred q, 1, 128, p; selp.b32 %0, 1, 0, q;}"
-                 : "=r"(all) : "r"((uint32_t)x) : "memory");
-    return all;
-}
 // Elements (first, first + 1) mod 16 of a row of 16.
 __device__ __forceinline__ uint32_t pair(const uint32_t (&x)[8], int first) {
     return first % 2 ? __byte_perm(x[first / 2 & 7], x[first / 2 + 1 & 7], 0x5432) : x[first / 2 & 7];
@@ -170,18 +166,18 @@ __device__ __forceinline__ void write_features(uint32_t to, const uint32_t (&x)[
             if (Terms == 2) store_shared_vector(at + kFeatures, rest);
         }
 }
-// What the loading threads do with a chunk once it is there: the features that the state takes in, half a chunk at a time,
-// two threads a token.
+// The features of the walk's first `chunks` chunks, half a chunk at a time, one or two threads a token.
 template <class L, bool Reverse>
-__device__ __forceinline__ void make_features(const Shared<L>& m, int i, int valid) {
+__device__ __forceinline__ void make_features(const Segment& s, int chunks, const Shared<L>& m) {
     const int token = threadIdx.x & 63;
     #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-        const int n = 2 * i + half, row = half * kHalf + token;
+    for (int n = 0; n < 2 * chunks; ++n) {
+        const int i = n / 2, row = n % 2 * kHalf + token;
         const uint32_t at = m.stage(i), to = m.features(n) + token * 16;
+        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
         const uint4 a = load_shared_vector(at + L::x + row * 16), b = load_shared_vector(at + L::x + kPlane + row * 16);
         const uint32_t x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        uint32_t z[8], lost[8], one = row < valid ? 0x3f803f80u : 0u;
+        uint32_t z[8], lost[8], one = chunk_begin<Reverse>(s, i) + row < s.length ? 0x3f803f80u : 0u;
         if (Reverse) {
             const float inverse = load_shared2(at + L::factors + row * 8).x;
             one = pack(inverse, inverse);
@@ -192,30 +188,26 @@ __device__ __forceinline__ void make_features(const Shared<L>& m, int i, int val
             lost[j] = Reverse && L::Terms == 2 ? residual2(x[j], one, z[j]) : 0u;
         }
         if (n >= L::Halves) barrier_wait(m.used(n), Shared<L>::half_parity(n - L::Halves));
-        if ((threadIdx.x & 127) < 64) write_features<0, L::Terms>(to, x, z, lost, one);
-        else write_features<5, L::Terms>(to, x, z, lost, one);
+        const bool all = L::Helpers == kHalf, first = threadIdx.x % L::Helpers < kHalf;
+        if (all || first) write_features<0, L::Terms>(to, x, z, lost, one);
+        if (all || !first) write_features<5, L::Terms>(to, x, z, lost, one);
         fence_for_tensor_cores();
         warp_arrive(m.made(n));
     }
 }
 
-// Loads all chunks ahead; `made`: how many of them go into the state.
 template <class L, bool Reverse>
-__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, int made, const Shared<L>& m) {
-    const int token = threadIdx.x & 127, chunks = chunk_count(s);
-    const uint32_t last = L::y + L::Columns / 8 * kPlane + token * 16;  // this token's row of the last column's plane
-    auto fill_last = [&](uint32_t at, uint32_t x) {
-        for (int j = 0; j < 4; ++j) store_shared(at + last + j * 4, x);
-    };
-    for (int i = 0; i < L::Stages; ++i) fill_last(m.stage(i), Reverse ? 0u : 0x3f803f80u);       // the ones, or zeros
+__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<L>& m) {
+    const int thread = threadIdx.x % L::Helpers, chunks = chunk_count(s);
+    constexpr int Tokens = kChunk / L::Helpers;  // of a thread, Helpers apart
+    constexpr uint32_t last = L::y + L::Columns / 8 * kPlane;          // the last column's plane: ones (forwards), or zeros
+    for (int i = 0; i < L::Stages; ++i)
+        for (int j = thread; j < kChunk * 4; j += L::Helpers) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
     constexpr int Ahead = L::Stages < 4 ? L::Stages - 1 : 3;           // chunks on their way at a time
     int handed = 0;
     auto hand_over = [&] {
         fence_for_tensor_cores();
-        warp_arrive(m.full(handed));
-        all_loaders(true);                       // every thread's copies are there
-        if (handed < made) make_features<L, Reverse>(m, handed, s.length - chunk_begin<Reverse>(s, handed));
-        ++handed;
+        warp_arrive(m.full(handed++));
     };
     const int64_t* xs = Reverse ? p.q_stride : p.k_stride;
     const int64_t* rs = Reverse ? p.k_stride : p.q_stride;
@@ -226,30 +218,37 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
         const uint32_t at = m.stage(i);
         if (i >= L::Stages) {
             const int parity = Shared<L>::stage_parity(i - L::Stages);
-            if (handed < i && !all_loaders(barrier_test(m.empty(i), parity))) {
+            if (handed < i && !__all_sync(~0u, barrier_test(m.empty(i), parity))) {
                 copies_wait<0>();
                 while (handed < i) hand_over();
             }
             barrier_wait(m.empty(i), parity);
         }
-        float den = 1.f, dot = 0.f;
-        if ((Reverse || L::RowColumns) && token < valid) {
-            const int64_t index = token_index(p, s.batch, first + token, head);
-            den = p.denominator[index];
-            if (Reverse) dot = p.grad_dot[index];
-        }
-        load_planes<2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
+        float den[Tokens], dot[Tokens];
+        if (Reverse || L::RowColumns)
+            #pragma unroll
+            for (int j = 0; j < Tokens; ++j) {
+                const int token = thread + j * L::Helpers;
+                const int64_t index = token_index(p, s.batch, first + token, head);
+                den[j] = token < valid ? p.denominator[index] : 0.f;
+                dot[j] = Reverse && token < valid ? p.grad_dot[index] : 0.f;
+            }
+        load_planes<L::Helpers, 2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
         if (L::WithRows)
-            load_planes<2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
-        load_planes<L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid);
+            load_planes<L::Helpers, 2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
+        load_planes<L::Helpers, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid,
+                                               min(L::Columns, p.head_dim - column) / 8);
         if constexpr (L::RowColumns > 0)
-            load_planes<L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
+            load_planes<L::Helpers, L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
         copies_commit();
-        if (Reverse || L::RowColumns) {
-            const float inverse = token < valid ? 1.f / den : 0.f;
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot * inverse) : "memory");
-            if (Reverse) store_shared(at + last, pack(-dot, 0.f));
-        }
+        if (Reverse || L::RowColumns)
+            #pragma unroll
+            for (int j = 0; j < Tokens; ++j) {
+                const int token = thread + j * L::Helpers;
+                const float inverse = token < valid ? 1.f / den[j] : 0.f;
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot[j] * inverse) : "memory");
+                if (Reverse) store_shared(at + last + token * 16, pack(-dot[j], 0.f));
+            }
         if (i - handed == Ahead) {
             copies_wait<Ahead>();
             hand_over();
@@ -341,7 +340,7 @@ template <int N, bool Reverse> struct State {
         #pragma unroll
         for (int n = 0; n < N / 8; ++n)
             #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half)
                 *reinterpret_cast<float2*>(to + half * 8 * (p.head_dim + 8) + space_column(p, n, column)) =
                     make_float2(sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]);
     }
@@ -364,7 +363,7 @@ template <int N, bool Reverse> struct State {
             #pragma unroll
             for (int n = 0; n < N / 8; ++n)
                 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half) {
                     const float2 x = *reinterpret_cast<const float2*>(at + half * 8 * (p.head_dim + 8) + space_column(p, n, column));
                     sum[4 * n + 2 * half] += x.x;
                     sum[4 * n + 2 * half + 1] += x.y;
@@ -462,6 +461,10 @@ inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs
 }
 
 }  // namespace taylor
+
+// Value columns of a block of the kernels that may share a head among two: whole sectors of device memory each, the second
+// block perhaps fewer real ones.
+template <int D> constexpr int kColumns = D <= 64 ? D : D <= 96 ? 48 : 64;
 
 // One instantiation for every supported head_dim.
 #define TAYLOR_DISPATCH(D, CALL)                                \

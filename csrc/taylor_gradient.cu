@@ -7,11 +7,11 @@ using namespace taylor;
 
 // How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
 template <int D> struct Shape {
-    static constexpr int Groups = D <= 64 ? 2 : 1, Threads = (kStateWarps + Groups * 4 + kLoadWarps) * 32;
-    // Registers of a thread by role: the sum over warpgroups is what a block starts with, 480.
-    static constexpr int State = D <= 64 ? 64 : 104, Output = 112, Load = 56;
+    static constexpr int Groups = D <= 64 ? 2 : 1, Helpers = D <= 64 ? 128 : 64, Threads = (kStateWarps + Groups * 4) * 32 + 2 * Helpers;
+    // Registers of a thread by role: the sum over warpgroups is what a block starts with, 504 and 480.
+    static constexpr int State = D <= 64 ? 64 : 104, Output = 112, Feature = 56, Load = 32;
     static constexpr int Keys = D <= 64 ? 64 : 32, Features = 32;
-    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1>;
+    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Helpers>;
 };
 
 // Permutation matrices P_r[i][i + r mod 16] = 1, r = 1 .. 7, as right operands of `mma`: four words a lane.
@@ -242,9 +242,16 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     } else if (warp < kStateWarps + Shape<D>::Groups * 4) {
         registers_up<Shape<D>::Output>();
         make_gradients<D, Reverse>(p, s, blockIdx.y, m);
+    } else if (const bool maker = warp < kStateWarps + Shape<D>::Groups * 4 + Shape<D>::Helpers / 32; L::Helpers == 64) {
+        registers_down<Shape<D>::Feature>();     // both roles share the warpgroup
+        if (maker) make_features<L, Reverse>(s, chunk_count(s) - 1, m);
+        else load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
+    } else if (maker) {
+        registers_down<Shape<D>::Feature>();
+        make_features<L, Reverse>(s, chunk_count(s) - 1, m);
     } else {
         registers_down<Shape<D>::Load>();
-        load_chunks<L, Reverse>(p, s, blockIdx.y, 0, chunk_count(s) - 1, m);
+        load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
     }
 }
 
