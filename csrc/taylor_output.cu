@@ -116,9 +116,10 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
+    m.init(kOutputWarps);
+    wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
-    m.init(kOutputWarps);
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
         registers_down<64>();
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
         make_outputs<W, Reverse>(p, s, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps + 4) {
         registers_down<56>();
-        make_features<L, Reverse>(s, chunk_count(s) - 1, m);
+        make_features<L, Reverse>(p, s, head, chunk_count(s) - 1, m);
     } else {
         registers_down<40>();
         load_chunks<L, Reverse>(p, s, head, column, m);

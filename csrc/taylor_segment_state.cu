@@ -12,16 +12,17 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
+    m.init(0);
+    wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
-    m.init(0);
     const int warp = threadIdx.x >> 5;
     if (warp >= kStateWarps + 4) {
         load_chunks<L, Reverse>(p, s, head, column, m);
         return;
     }
     if (warp >= kStateWarps) {
-        make_features<L, Reverse>(s, chunk_count(s), m);
+        make_features<L, Reverse>(p, s, head, chunk_count(s), m);
         return;
     }
     State<W + 8, Reverse> state = {};
