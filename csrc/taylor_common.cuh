@@ -86,7 +86,7 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     static constexpr int state = published + kRows * 4;
     static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
     static constexpr int bars = states + Published * state;
-    static constexpr int bytes = bars + (3 * Stages + 2 * Published + 2 * Halves) * 8;
+    static constexpr int bytes = (bars + (3 * Stages + 2 * Published + 2 * Halves) * 8 + 15) / 16 * 16;
 };
 template <class L> struct Shared {
     uint32_t base;
