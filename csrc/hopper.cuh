@@ -82,11 +82,6 @@ __device__ __forceinline__ void warp_arrive(uint32_t bar) {
     if ((threadIdx.x & 31) == 0) barrier_arrive(bar);
 }
 
-// Until the kernel before this one in the stream is done, its results visible; the next one may start its first steps now.
-__device__ __forceinline__ void wait_for_kernel_before() {
-    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
-}
-
 // Registers of this warpgroup from here on: a multiple of 8.
 template <int Count> __device__ __forceinline__ void registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));

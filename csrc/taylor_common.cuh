@@ -86,22 +86,20 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     static constexpr int state = published + kRows * 4;
     static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
     static constexpr int bars = states + Published * state;
-    static constexpr int bytes = (bars + (3 * Stages + 2 * Published + 2 * Halves) * 8 + 15) / 16 * 16;
+    static constexpr int bytes = bars + 2 * (Stages + Published + Halves) * 8;
 };
 template <class L> struct Shared {
     uint32_t base;
     __device__ uint32_t stage(int i) const { return base + i % L::Stages * L::stage; }
     __device__ uint32_t state(int i) const { return base + L::states + i % L::Published * L::state; }
     __device__ uint32_t features(int i) const { return base + L::features + i % L::Halves * L::Terms * kFeatures; }
-    // Barriers: a stage is full, empty; features of half a chunk are made, used; a state is published, released;
-    // grad_o . o of a stage's tokens is there (see take_dots).
+    // Barriers: a stage is full, empty; features of half a chunk are made, used; a state is published, released.
     __device__ uint32_t full(int i) const { return base + L::bars + i % L::Stages * 8; }
     __device__ uint32_t empty(int i) const { return full(i) + L::Stages * 8; }
     __device__ uint32_t made(int i) const { return base + L::bars + (2 * L::Stages + i % L::Halves) * 8; }
     __device__ uint32_t used(int i) const { return made(i) + L::Halves * 8; }
     __device__ uint32_t published(int i) const { return base + L::bars + (2 * L::Stages + 2 * L::Halves + i % L::Published) * 8; }
     __device__ uint32_t released(int i) const { return published(i) + L::Published * 8; }
-    __device__ uint32_t dotted(int i) const { return base + L::bars + (2 * L::Stages + 2 * L::Halves + 2 * L::Published + i % L::Stages) * 8; }
     __device__ static int stage_parity(int i) { return i / L::Stages & 1; }
     __device__ static int state_parity(int i) { return i / L::Published & 1; }
     __device__ static int half_parity(int i) { return i / L::Halves & 1; }
@@ -109,7 +107,6 @@ template <class L> struct Shared {
     __device__ void init(int output_warps) const {
         if (threadIdx.x == 0) {
             for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), L::Helpers / 32); barrier_init(empty(i), kStateWarps + output_warps); }
-            for (int i = 0; i < L::Stages; ++i) barrier_init(dotted(i), L::Helpers / 32);
             for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), L::Helpers / 32); barrier_init(used(i), kStateWarps); }
             for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
         }
@@ -129,7 +126,7 @@ __device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64
     to += vector * kPlane + row * 16;
     const bool whole = valid >= kChunk && real == Vectors;
     const uint32_t zeros[4] = {0, 0, 0, 0};
-    #pragma unroll (Vectors > 8 ? 1 : 8)
+    #pragma unroll (Vectors > 8 ? 2 : 8)
     for (int i = 0; i < Vectors * (kChunk / Helpers); ++i) {
         if (whole) copy16(to, from);
         else if (row < valid && vector < real) copy16(to, from);
@@ -169,87 +166,33 @@ __device__ __forceinline__ void write_features(uint32_t to, const uint32_t (&x)[
             if (Terms == 2) store_shared_vector(at + kFeatures, rest);
         }
 }
-// The features of half a chunk, n halves into the walk; one or two threads a token.
+// The features of the walk's first `chunks` chunks, half a chunk at a time, one or two threads a token.
 template <class L, bool Reverse>
-__device__ __forceinline__ void make_half(const Segment& s, int n, const Shared<L>& m) {
-    const int i = n / 2, token = threadIdx.x % kHalf, row = n % 2 * kHalf + token;
-    const uint32_t at = m.stage(i), to = m.features(n) + token * 16;
-    const uint4 a = load_shared_vector(at + L::x + row * 16), b = load_shared_vector(at + L::x + kPlane + row * 16);
-    const uint32_t x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    uint32_t z[8], lost[8], one = chunk_begin<Reverse>(s, i) + row < s.length ? 0x3f803f80u : 0u;
-    if (Reverse) {
-        const float inverse = load_shared2(at + L::factors + row * 8).x;
-        one = pack(inverse, inverse);
-    }
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        z[j] = Reverse ? mul2(x[j], one) : x[j];
-        lost[j] = Reverse && L::Terms == 2 ? residual2(x[j], one, z[j]) : 0u;
-    }
-    if (n >= L::Halves) barrier_wait(m.used(n), Shared<L>::half_parity(n - L::Halves));
-    const bool all = L::Helpers == kHalf, first = threadIdx.x % L::Helpers < kHalf;
-    if (all || first) write_features<0, L::Terms>(to, x, z, lost, one);
-    if (all || !first) write_features<5, L::Terms>(to, x, z, lost, one);
-    fence_for_tensor_cores();
-    warp_arrive(m.made(n));
-}
-// grad_o . o of the tokens of chunk i (u holds grad_o): to the stage's factors, and to device memory for the kernels that
-// follow. Eight lanes share a row.
-template <class L>
-__device__ __forceinline__ void take_dots(const TaylorArgs& p, const Segment& s, int head, int i, const Shared<L>& m) {
-    constexpr int Vectors = L::RowColumns / 8, Passes = (Vectors + 7) / 8, Rows = L::Helpers / 8, Batch = Passes == 1 ? 4 : 2;
-    const int vector = threadIdx.x & 7, begin = chunk_begin<false>(s, i), valid = s.length - begin;
-    const int64_t first = token_index(p, s.batch, s.first + begin, head);
+__device__ __forceinline__ void make_features(const Segment& s, int chunks, const Shared<L>& m) {
+    const int token = threadIdx.x & 63;
     #pragma unroll 1
-    for (int row = threadIdx.x % L::Helpers >> 3; row < kChunk; row += Rows * Batch) {
-        float dot[Batch] = {};
-        #pragma unroll
-        for (int pass = 0; pass < Passes; ++pass) {
-            const int v = vector + pass * 8;
-            uint4 x[Batch];
-            #pragma unroll
-            for (int j = 0; j < Batch; ++j) {
-                const int r = row + j * Rows;
-                x[j] = v < Vectors && r < valid ? reinterpret_cast<const uint4*>((const bf16*)p.o + (first + (int64_t)r * p.heads) * L::RowColumns)[v] : uint4{};
-            }
-            #pragma unroll
-            for (int j = 0; j < Batch; ++j) {
-                const uint4 y = load_shared_vector(m.stage(i) + L::u + min(v, Vectors - 1) * kPlane + (row + j * Rows) * 16);
-                dot[j] += low(x[j].x) * low(y.x) + high(x[j].x) * high(y.x) + low(x[j].y) * low(y.y) + high(x[j].y) * high(y.y)
-                        + low(x[j].z) * low(y.z) + high(x[j].z) * high(y.z) + low(x[j].w) * low(y.w) + high(x[j].w) * high(y.w);
-            }
-        }
-        #pragma unroll
-        for (int j = 0; j < Batch; ++j) {
-            const int r = row + j * Rows;
-            #pragma unroll
-            for (int mask = 4; mask; mask >>= 1) dot[j] += __shfl_xor_sync(~0u, dot[j], mask);
-            if (vector == 0 && r < valid) {
-                p.grad_dot[first + (int64_t)r * p.heads] = dot[j];
-                asm volatile("st.shared.f32 [%0], %1;" ::"r"(m.stage(i) + L::factors + r * 8 + 4), "f"(dot[j]) : "memory");
-            }
-        }
-    }
-    warp_arrive(m.dotted(i));
-}
-// What the feature warps do: the features of the walk's first `chunks` chunks, and beside dq the dots of all.
-template <class L, bool Reverse>
-__device__ __forceinline__ void make_features(const TaylorArgs& p, const Segment& s, int head, int chunks, const Shared<L>& m) {
-    constexpr bool Dots = !Reverse && L::RowColumns > 0;
-    const int64_t row = (int64_t)p.heads * p.head_dim;
-    #pragma unroll 1
-    for (int i = 0; i < (Dots ? chunk_count(s) : chunks); ++i) {
-        if (Dots && (i + 1) * kChunk < s.length) {                     // o of the next chunk is asked for ahead
-            const int ahead = threadIdx.x % L::Helpers, left = s.length - (i + 1) * kChunk;
-            const bf16* o = (const bf16*)p.o + token_index(p, s.batch, s.first + (i + 1) * kChunk, head) * p.head_dim;
-            for (int t = ahead; t < min(kChunk, left); t += L::Helpers)
-                for (int c = 0; c < p.head_dim; c += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(o + t * row + c));
-        }
+    for (int n = 0; n < 2 * chunks; ++n) {
+        const int i = n / 2, row = n % 2 * kHalf + token;
+        const uint32_t at = m.stage(i), to = m.features(n) + token * 16;
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if constexpr (Dots) take_dots<L>(p, s, head, i, m);
-        if (i >= chunks) break;
-        make_half<L, Reverse>(s, 2 * i, m);
-        make_half<L, Reverse>(s, 2 * i + 1, m);
+        const uint4 a = load_shared_vector(at + L::x + row * 16), b = load_shared_vector(at + L::x + kPlane + row * 16);
+        const uint32_t x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        uint32_t z[8], lost[8], one = chunk_begin<Reverse>(s, i) + row < s.length ? 0x3f803f80u : 0u;
+        if (Reverse) {
+            const float inverse = load_shared2(at + L::factors + row * 8).x;
+            one = pack(inverse, inverse);
+        }
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            z[j] = Reverse ? mul2(x[j], one) : x[j];
+            lost[j] = Reverse && L::Terms == 2 ? residual2(x[j], one, z[j]) : 0u;
+        }
+        if (n >= L::Halves) barrier_wait(m.used(n), Shared<L>::half_parity(n - L::Halves));
+        const bool all = L::Helpers == kHalf, first = threadIdx.x % L::Helpers < kHalf;
+        if (all || first) write_features<0, L::Terms>(to, x, z, lost, one);
+        if (all || !first) write_features<5, L::Terms>(to, x, z, lost, one);
+        fence_for_tensor_cores();
+        warp_arrive(m.made(n));
     }
 }
 
@@ -293,8 +236,7 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
         load_planes<L::Helpers, 2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
         if (L::WithRows)
             load_planes<L::Helpers, 2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
-        load_planes<L::Helpers, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid,
-                                               min(L::Columns, p.head_dim - column) / 8);
+        load_planes<L::Helpers, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid);
         if constexpr (L::RowColumns > 0)
             load_planes<L::Helpers, L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
         copies_commit();
@@ -397,7 +339,7 @@ template <int N, bool Reverse> struct State {
         #pragma unroll
         for (int n = 0; n < N / 8; ++n)
             #pragma unroll
-            for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half)
+            for (int half = 0; half < 2; ++half)
                 *reinterpret_cast<float2*>(to + half * 8 * (p.head_dim + 8) + space_column(p, n, column)) =
                     make_float2(sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]);
     }
@@ -420,7 +362,7 @@ template <int N, bool Reverse> struct State {
             #pragma unroll
             for (int n = 0; n < N / 8; ++n)
                 #pragma unroll
-                for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half) {
+                for (int half = 0; half < 2; ++half) {
                     const float2 x = *reinterpret_cast<const float2*>(at + half * 8 * (p.head_dim + 8) + space_column(p, n, column));
                     sum[4 * n + 2 * half] += x.x;
                     sum[4 * n + 2 * half + 1] += x.y;
@@ -513,21 +455,11 @@ template <typename F>
 inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return (int)e;
-    // Blocks may start while the kernel before ends: see wait_for_kernel_before.
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid; config.blockDim = dim3(threads); config.dynamicSmemBytes = bytes;
-    config.stream = (cudaStream_t)p.stream; config.attrs = &early; config.numAttrs = 1;
-    return (int)cudaLaunchKernelEx(&config, kernel, p);
+    kernel<<<grid, threads, bytes, (cudaStream_t)p.stream>>>(p);
+    return (int)cudaGetLastError();
 }
 
 }  // namespace taylor
-
-// Value columns of a block of the kernels that may share a head among two: whole sectors of device memory each, the second
-// block perhaps fewer real ones.
-template <int D> constexpr int kColumns = D <= 64 ? D : D <= 96 ? 48 : 64;
 
 // One instantiation for every supported head_dim.
 #define TAYLOR_DISPATCH(D, CALL)                                \

@@ -92,6 +92,49 @@ __device__ __forceinline__ void through_state(float (&dx)[8], uint32_t u, uint32
         through_state<D, Features, First + Features / 16>(dx, u, state, last, dot0, dot1, x0, x1, permutations);
 }
 
+// grad_o . o of the warp's 16 tokens from `first` of the segment on, once the stage is full: to `factors`, where this walk
+// reads it, and to device memory for the kernels that follow. u: their rows of grad_o. Eight lanes share a row.
+template <int D>
+__device__ __forceinline__ void take_dots(const TaylorArgs& p, const Segment& s, int head, int first, int valid, uint32_t u,
+                                          uint32_t factors, uint32_t full, int parity) {
+    constexpr int Vectors = D / 8, Passes = (Vectors + 7) / 8;
+    const int lane = threadIdx.x & 31, row = lane >> 3, vector = lane & 7;
+    const int64_t index = token_index(p, s.batch, s.first + first + row, head);
+    const uint4* from = reinterpret_cast<const uint4*>((const bf16*)p.o + index * D) + vector;
+    uint4 o[4][Passes];
+    #pragma unroll
+    for (int j = 0; j < 4; ++j)
+        #pragma unroll
+        for (int i = 0; i < Passes; ++i)
+            if (row + 4 * j < valid && vector + 8 * i < Vectors) o[j][i] = from[(int64_t)4 * j * p.heads * Vectors + 8 * i];
+            else o[j][i] = uint4{};
+    // The next chunk's rows are asked for meanwhile: this warp's, with the halves swapped where two groups take turns.
+    const int ahead = kChunk + (Shape<D>::Groups == 2 ? (first / kHalf % 2 ? -kHalf : kHalf) : 0) + (lane & 15);
+    if (first + ahead < s.length && (lane >> 4) * 64 < D) {
+        const bf16* line = (const bf16*)p.o + (index + (int64_t)(ahead - row) * p.heads) * D + (lane >> 4) * 64;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+    barrier_wait(full, parity);
+    #pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        float dot = 0.f;
+        #pragma unroll
+        for (int i = 0; i < Passes; ++i) {
+            if (vector + 8 * i >= Vectors) continue;
+            const uint4 x = o[j][i], y = load_shared_vector(u + (vector + 8 * i) * kPlane + (row + 4 * j) * 16);
+            dot += low(x.x) * low(y.x) + high(x.x) * high(y.x) + low(x.y) * low(y.y) + high(x.y) * high(y.y)
+                 + low(x.z) * low(y.z) + high(x.z) * high(y.z) + low(x.w) * low(y.w) + high(x.w) * high(y.w);
+        }
+        #pragma unroll
+        for (int mask = 4; mask; mask >>= 1) dot += __shfl_xor_sync(~0u, dot, mask);
+        if (vector == 0) {
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(factors + (row + 4 * j) * 8 + 4), "f"(dot) : "memory");
+            if (row + 4 * j < valid) p.grad_dot[index + (int64_t)4 * j * p.heads] = dot;
+        }
+    }
+    __syncwarp();
+}
+
 template <int D, bool Reverse>
 __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segment& s, int head, const Shared<typename Shape<D>::Tiles>& m) {
     using L = typename Shape<D>::Tiles;
@@ -102,8 +145,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
     for (int i = 0; i < chunks; ++i) {
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), n = i - skipped;
         const uint32_t at = m.stage(i);
-        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if (!Reverse) barrier_wait(m.dotted(i), Shared<L>::stage_parity(i));
+        if (Reverse) barrier_wait(m.full(i), Shared<L>::stage_parity(i));
         #pragma unroll 1
         for (int turn = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4; turn < 2; turn += Groups) {
             const int half = half_of(turn, i);
@@ -112,6 +154,8 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
             float dx[8] = {};
             float2 f0 = {1.f, 0.f}, f1 = {1.f, 0.f};               // {1 / den, grad_o . o} of this lane's two rows
             if (!Reverse) {
+                take_dots<D>(p, s, head, begin + half * 64 + warp * 16, valid - half * 64 - warp * 16, rows - L::r + L::u,
+                             at + L::factors + (half * 64 + warp * 16) * 8, m.full(i), Shared<L>::stage_parity(i));
                 f0 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2)) * 8);
                 f1 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2) + 8) * 8);
             }
@@ -186,11 +230,10 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     using L = typename Shape<D>::Tiles;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
-    write_permutations(m.base + L::bytes);
-    m.init(Shape<D>::Groups * 4);
-    wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
+    write_permutations(m.base + L::bytes);
+    m.init(Shape<D>::Groups * 4);
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
         if constexpr (Shape<D>::State * Shape<D>::Threads <= 65536) registers_down<Shape<D>::State>();
@@ -201,11 +244,11 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
         make_gradients<D, Reverse>(p, s, blockIdx.y, m);
     } else if (const bool maker = warp < kStateWarps + Shape<D>::Groups * 4 + Shape<D>::Helpers / 32; L::Helpers == 64) {
         registers_down<Shape<D>::Feature>();     // both roles share the warpgroup
-        if (maker) make_features<L, Reverse>(p, s, blockIdx.y, chunk_count(s) - 1, m);
+        if (maker) make_features<L, Reverse>(s, chunk_count(s) - 1, m);
         else load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
     } else if (maker) {
         registers_down<Shape<D>::Feature>();
-        make_features<L, Reverse>(p, s, blockIdx.y, chunk_count(s) - 1, m);
+        make_features<L, Reverse>(s, chunk_count(s) - 1, m);
     } else {
         registers_down<Shape<D>::Load>();
         load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);

@@ -2,7 +2,7 @@
 //   o_t = (F(q_t) G S + sum_j w_tj [v_j | 1]) over its own last columns, j <= t inside the chunk; denominators go out too.
 // Backwards, with R = sum_t F(q_t) / den_t [grad_o_t | ...] over the tokens behind the chunk:
 //   dv_j = F(k_j) G R + sum_t w_tj / den_t grad_o_t, t >= j inside the chunk.
-// One block a (segment, head, part of the value columns where head_dim > 64).
+// One block a (segment, head, half of the value columns where head_dim > 64).
 #include "taylor_common.cuh"
 using namespace taylor;
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
         #pragma unroll
         for (int v = lane; v < 2 * W; v += 32) {
             const int row = v / (W / 8), c = v % (W / 8) * 8;
-            if (first + row < valid && column + c < p.head_dim)
+            if (first + row < valid)
                 *reinterpret_cast<uint4*>(out + (int64_t)row * p.heads * p.head_dim + c) = load_shared_vector(own_rows + row * Stride + c * 2);
         }
         __syncwarp();
@@ -115,11 +115,10 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
     using L = Tiles<W>;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
-    const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
-    m.init(kOutputWarps);
-    wait_for_kernel_before();
+    const int parts = p.head_dim / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
     Segment s;
     if (!find_segment(p, slot, s)) return;
+    m.init(kOutputWarps);
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
         registers_down<64>();
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
         make_outputs<W, Reverse>(p, s, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps + 4) {
         registers_down<56>();
-        make_features<L, Reverse>(p, s, head, chunk_count(s) - 1, m);
+        make_features<L, Reverse>(s, chunk_count(s) - 1, m);
     } else {
         registers_down<40>();
         load_chunks<L, Reverse>(p, s, head, column, m);
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
 
 template <int W> static int run(const TaylorArgs& p) {
     constexpr int bytes = Tiles<W>::bytes + kOutputWarps * 16 * (W * 2 + 16);
-    const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
+    const dim3 grid(p.slots * (p.head_dim / W), p.heads);
     return p.reverse ? launch(output<W, true>, grid, kThreads, bytes, p) : launch(output<W, false>, grid, kThreads, bytes, p);
 }
-extern "C" int taylor_output(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }
+extern "C" int taylor_output(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, (run<kD <= 64 ? kD : kD / 2>(*p))) }

@@ -1,5 +1,5 @@
 // Sum over one segment of F(x_t) y_t^T (x, y: see taylor_common.cuh), fp32, to the work space. One block a (segment, head,
-// part of the value columns where head_dim > 64).
+// half of the value columns where head_dim > 64).
 #include "taylor_common.cuh"
 using namespace taylor;
 
@@ -11,18 +11,17 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
     using L = Tiles<W, Exact>;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
-    const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
-    m.init(0);
-    wait_for_kernel_before();
+    const int parts = p.head_dim / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
     Segment s;
     if (!find_segment(p, slot, s)) return;
+    m.init(0);
     const int warp = threadIdx.x >> 5;
     if (warp >= kStateWarps + 4) {
         load_chunks<L, Reverse>(p, s, head, column, m);
         return;
     }
     if (warp >= kStateWarps) {
-        make_features<L, Reverse>(p, s, head, chunk_count(s), m);
+        make_features<L, Reverse>(s, chunk_count(s), m);
         return;
     }
     State<W + 8, Reverse> state = {};
@@ -34,9 +33,9 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
 }
 
 template <int W, bool Exact> static int run(const TaylorArgs& p) {
-    const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
+    const dim3 grid(p.slots * (p.head_dim / W), p.heads);
     return p.reverse ? launch(segment_state<W, Exact, true>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p)
                      : launch(segment_state<W, Exact, false>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p);
 }
 template <int W> static int run(const TaylorArgs& p) { return p.exact ? run<W, true>(p) : run<W, false>(p); }
-extern "C" int taylor_segment_state(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }
+extern "C" int taylor_segment_state(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, (run<kD <= 64 ? kD : kD / 2>(*p))) }
