@@ -1,7 +1,7 @@
 """Taylor linear attention in CUDA (csrc/taylor_*.cu): two torch.library ops, their fake versions and autograd.
 
-The sequence of every head is cut into segments so that the grid fills the GPU: segment sums, a scan, then the outputs
-of all segments at once. Nothing waits for the device, and nothing depends on the values of `cu_seqlens`, so the ops
+The sequence of every head is cut into segments so that the grid fills the GPU; `_states` says how the state reaches
+each segment. Nothing waits for the device, and nothing depends on the values of `cu_seqlens`, so the ops
 can be captured in CUDA graphs. Sums run in a fixed order: results are bitwise the same from run to run.
 fp16 inputs are computed in bf16.
 """

@@ -66,6 +66,16 @@ def test_lengths_and_grids(shape):
     check(compare(*make(*shape, 16, 64, seed=sum(shape))))
 
 
+@pytest.mark.parametrize("shape, states", [((4, 700, 16, 112), "walk"), ((7, 300, 8, 128), "walk"),
+                                           ((4, 513, 16, 80), "walk"), ((2, 1500, 8, 64), "sums"),
+                                           ((1, 2500, 1, 96), "scan")])
+def test_ways_of_states(shape, states):
+    """Each way the state reaches a segment (see `taylor_cuda._states`), ragged."""
+    b, s, h, d = shape
+    assert taylor_cuda._states(taylor_cuda.plan(b, s, h, None), b, s, h, d, False, False) == states
+    check(compare(*make(b, s, h, 16, d)))
+
+
 def test_half_precision():
     check(compare(*make(2, 300, 2, 16, 64, torch.float16)))
 
