@@ -1,0 +1,53 @@
+"""Maps a function over tasks in worker processes, results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any
+
+from data_prep.errors import UserError
+
+
+def mapped(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, start: Callable[..., None],
+           *arguments: Any) -> Iterator[Any]:
+    """function(task) in the order of `tasks`, after start(*arguments) in every worker.
+
+    One worker is this process. Tasks are taken from the iterable as workers need them, two a worker ahead.
+    """
+    if workers == 1:
+        start(*arguments)
+        yield from map(function, tasks)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start,
+                             (start, arguments)) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                while waiting and (waiting[0].done() or len(waiting) > 2 * workers + 1):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died (killed, or out of memory): run the same command again, with fewer "
+                            "--workers if memory was short") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    start(*arguments)
+
+
+def _die_with_parent() -> None:
+    """A worker waits for tasks for ever, also those of a parent that was killed."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
