@@ -9,11 +9,12 @@ throughput: data_prep.tokenize with both backends beside the method of Megatron-
 here from its description: a process pool, `imap` over the lines of a plain .jsonl in chunks of 32, in each worker JSON
 and one `encode` call a document, and one process that appends to megatron.core's IndexedDatasetBuilder. All read the
 same text with the same BPE. Gate: equal .bin and .idx bytes.
-sentencepiece: beside the bare library, `encode(texts, num_threads=workers)` on texts in memory, nothing read or written.
+sentencepiece: beside the bare library, `encode(texts, num_threads=workers)` on texts in memory, nothing read or
+written.
 memory: one generated .jsonl.zst shard of the given size; the largest resident memory of any process, and the merge's
 share of the time.
 
-Sides run in turn, `--repeats` times; the median counts. Rates are of text bytes and count everything, starting included.
+Sides run in turn, `--repeats` times; the median counts. Rates are of text bytes, and starting counts.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def throughput(a: argparse.Namespace, folder: Path) -> dict:
         def ours(backend: str, workers: int = workers) -> float:
             return timed(tokenize, Options([str(plain)], str(folder / backend), {**bpe, "backend": backend}, workers,
                                            overwrite=True))
-        found = medians({"gigatoken": lambda: ours("gigatoken"), "reference": lambda: ours("reference"),
-                         "peer": lambda workers=workers: timed(peer, plain, str(folder / "peer"), bpe, workers)}, a.repeats)
+        found = medians({
+            "gigatoken": lambda: ours("gigatoken"), "reference": lambda: ours("reference"),
+            "peer": lambda workers=workers: timed(peer, plain, str(folder / "peer"), bpe, workers)}, a.repeats)
         same_bytes(folder, ["gigatoken", "reference", "peer"])
         rows.append({"workers": workers, **{f"{k}_mb_per_s": round(size / v, 2) for k, v in found.items()},
                      **{f"{k}_times_peer": round(found["peer"] / found[k], 2) for k in ("gigatoken", "reference")}})

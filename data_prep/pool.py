@@ -30,7 +30,7 @@ def mapped(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, s
         waiting: deque[Future] = deque()
         try:
             for task in tasks:
-                waiting.append(pool.submit(function, task))
+                waiting.append(pool.submit(_call, function, task))
                 while waiting and (waiting[0].done() or len(waiting) > 2 * workers + 1):
                     yield waiting.popleft().result()
             while waiting:
@@ -42,9 +42,22 @@ def mapped(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, s
             pool.shutdown(cancel_futures=True)
 
 
+_failure: UserError | None = None
+
+
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    global _failure
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    start(*arguments)
+    try:
+        start(*arguments)
+    except UserError as error:                                    # the pool would only say that it is broken
+        _failure = error
+
+
+def _call(function: Callable[[Any], Any], task: Any) -> Any:
+    if _failure is not None:
+        raise _failure
+    return function(task)
 
 
 def _die_with_parent() -> None:

@@ -66,7 +66,8 @@ class Run:
 
     def __init__(self, options: Options, ranks: Alone) -> None:
         self.options, self.ranks = options, ranks
-        self.tokenizer = load_tokenizer(**options.tokenizer)      # type: ignore[arg-type]
+        # The workers load the backend; this takes longer.
+        self.tokenizer = load_tokenizer(**{**options.tokenizer, "backend": "reference"})    # type: ignore[arg-type]
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         for path in options.inputs:
             if not os.access(path, os.R_OK):
