@@ -45,7 +45,7 @@ def settings(corpora: list[str], **data: object):
 
 def built(config, ranks):
     prepare_cache(config, ranks)
-    return build_datasets(config, check_corpora(config))
+    return build_datasets(config, ranks, check_corpora(config))
 
 
 def corpus_of(sample: dict[str, torch.Tensor]) -> int:
