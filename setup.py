@@ -104,11 +104,12 @@ setup(
         "tqdm>=4.66", "psutil>=5.9", "orjson>=3.10",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "moto[server]>=5"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"],
         "mpi": ["mpi4py>=4"],
         "plot": ["matplotlib>=3.8"],
         "fast": ["gigatoken==0.10.0"],
         "s3": ["boto3>=1.34"],
+        "ci": ["moto[server]>=5"],
         "dedup": ["rensa==0.5.0"],
     },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
