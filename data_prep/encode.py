@@ -118,7 +118,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view):]
 
 
-_encoder: Encoder
+_encoder: Encoder | None = None
 
 
 def start(settings: Settings) -> None:
@@ -128,4 +128,12 @@ def start(settings: Settings) -> None:
 
 
 def encode(task: Task) -> tuple[int, bytes]:
-    return _encoder(task)
+    return _encoder(task)                                         # type: ignore[misc]
+
+
+def close() -> None:
+    """Closes the segment of this process, if it is a worker: on NFS others see it only then."""
+    global _encoder
+    if _encoder is not None:
+        _encoder.file.close()
+        _encoder = None

@@ -21,7 +21,7 @@ class Progress:
         self.sizes, self.positions = sizes, dict.fromkeys(sizes, 0)
         self.text_bytes = self.documents = 0
         self.started = self.told = time.monotonic()
-        self.bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="tokenizing") \
+        self.bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="reading") \
             if shown and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:

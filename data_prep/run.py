@@ -177,6 +177,7 @@ class Run:
                     self.journals.append(shard, line)
                     self.tell(shard, record)
         finally:
+            encode.close()
             self.journals.close()
 
     def tasks(self, finished: set[int]) -> Iterator[encode.Task]:
