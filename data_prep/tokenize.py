@@ -2,7 +2,7 @@
 
     python -m data_prep.tokenize --input shard.jsonl.zst … --output-prefix data/train \\
         --tokenizer-type sentencepiece --tokenizer-model data/tokenizer.model --workers 4
-    mpirun -n 32 --map-by ppr:8:node python -m data_prep.tokenize --mpi --workers 8 …
+    mpirun -n 512 --map-by ppr:16:node --bind-to none python -m data_prep.tokenize --mpi --workers 3 …
 
 The result does not depend on the number of processes. The same command goes on with a run that was killed.
 """
