@@ -56,6 +56,7 @@ def expected(tmp_path: Path, tokenizer_file: str) -> tuple[list[str], dict[str, 
     files = {p.name: p.read_bytes() for p in (tmp_path / "reference").iterdir()}
     assert sorted(files) == ["data.bin", "data.idx", "data.json"]
     assert len(json.loads(files["data.json"])["rejects"]) == 3
+    verify(str(tmp_path / "reference" / "data"))
     return inputs, files
 
 
@@ -316,7 +317,8 @@ def test_a_line_of_100_megabytes(tmp_path, tokenizer_file, ending):  # noqa: F81
     line, documents, megabytes = map(int, done.stdout.splitlines()[0].split())
     assert (line, documents) == (3, 4)
     assert f"the line has {len(long):,} bytes, more than --max-line-megabytes 32" in done.stdout
-    assert megabytes < 500
+    # A line of one letter is a kilobyte in a .gz or .zst and comes out of it at once; a plain one is never held whole.
+    assert megabytes < (150 if ending == ".jsonl" else 500)
 
 
 def test_excluded_documents(tmp_path, expected, tokenizer_file):  # noqa: F811
