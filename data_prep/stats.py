@@ -40,14 +40,16 @@ def plot(found: dict[str, Any], path: str) -> None:
     density.barh(list(rows), [c["bytes_per_token"] for c in rows.values()])
     density.set_xlabel("bytes of text per token")
     density.set_yticklabels([])
-    for name, counts in rows.items():
-        low = [int(bucket.split("-")[0]) for bucket in counts["documents_by_tokens"]]
-        heights = [100 * n / counts["documents"] for n in counts["documents_by_tokens"].values()]
-        lengths.plot(low, heights, marker=".", label=name)
+    of = [{int(b.split("-")[0]).bit_length(): n for b, n in c["documents_by_tokens"].items()} for c in rows.values()]
+    first, last = min(min(o) for o in of), max(max(o) for o in of)
+    shades = [[100 * o.get(bits, 0) / sum(o.values()) for bits in range(first, last + 1)] for o in of]
+    edges = [2.0 ** (bits - 1) for bits in range(first, last + 2)]
+    mesh = lengths.pcolormesh(edges, [i - 0.5 for i in range(len(rows) + 1)], shades, cmap="Blues")
+    figure.colorbar(mesh, label="% of the component's documents")
     lengths.set_xscale("log", base=2)
-    lengths.set_xlabel("tokens of a document (from, twice as many to)")
-    lengths.set_ylabel("% of the component's documents")
-    lengths.legend(fontsize="x-small", ncols=2)
+    lengths.set_xlabel("tokens of a document")
+    lengths.set_yticks([])
+    lengths.set_ylim(shares.get_ylim())
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
