@@ -101,12 +101,16 @@ setup(
     install_requires=[
         "torch>=2.11", "megatron-core==0.16.1", "deepspeed==0.19.8", "numpy>=1.26", "pydantic>=2", "pyyaml",
         "sentencepiece>=0.2", "tokenizers>=0.20", "safetensors>=0.4", "zstandard>=0.22", "tensorboard>=2.16",
-        "tqdm>=4.66", "psutil>=5.9",
+        "tqdm>=4.66", "psutil>=5.9", "orjson>=3.10",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"],
         "mpi": ["mpi4py>=4"],
         "plot": ["matplotlib>=3.8"],
+        "fast": ["gigatoken==0.10.0"],
+        "s3": ["boto3>=1.34"],
+        "ci": ["moto[server]>=5"],
+        "dedup": ["rensa==0.5.0"],
     },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
     **cuda_extension(),

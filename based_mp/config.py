@@ -105,7 +105,7 @@ class ParallelConfig(Section):
 class Corpus(Section):
     """One indexed dataset."""
 
-    path: str = Field(description="prefix of the .bin/.idx pair")
+    path: str = Field(description="prefix of the .bin/.idx pair, in a folder or in an S3-compatible store (s3://…)")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share in the blend; normalised over the list")
     name: str | None = Field(None, description="name in logs; null: the last part of the path")
 
@@ -128,7 +128,8 @@ class DataConfig(Section):
     test: list[Corpus] = Field([], description="test corpora, evaluated once at the end")
     split: str | None = Field(
         None, description='"train,valid,test" shares cut from data.train, such as "98,1,1"; then valid, test are []')
-    cache_dir: str | None = Field(None, description="folder of the sample indices; null: beside the first corpus")
+    cache_dir: str | None = Field(
+        None, description="folder of the sample indices, shared or each node's own; null: beside the first corpus")
     num_workers: NonNegative = Field(2, description="loader processes a rank")
     seed: int = Field(1234, description="of the shuffle")
     eod_mask_loss: bool = Field(False, description="no loss on predicting the token after an end of document")
@@ -139,6 +140,8 @@ class DataConfig(Section):
     def _split_or_lists(self) -> DataConfig:
         if not self.train:
             raise ValueError("data.train is empty: give at least one corpus (path of a .bin/.idx pair)")
+        if self.cache_dir is None and self.train[0].path.startswith("s3://"):
+            raise ValueError("data.train is in an S3 store: set data.cache_dir to a local folder for its indices")
         if self.split is not None:
             parts = self.split.split(",")
             if len(parts) != 3 or not all(re.fullmatch(r"\s*\d+(\.\d+)?\s*", p) for p in parts):

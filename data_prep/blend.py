@@ -57,6 +57,14 @@ def _normalised(weights: list[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
+def split_blend(prefixes: list[str]) -> str:
+    """YAML for the datasets of --split-by-component: the Pile's weights, or where one is none of its, by tokens."""
+    known = all(set(_manifest(prefix)["components"]) <= set(PILE_WEIGHTS) for prefix in prefixes)
+    comment = "the Pile's published weights" if known else "shares of tokens: not every component is one of the Pile's"
+    weights = pile_weights(prefixes) if known else token_weights(prefixes)
+    return f"# {comment}\n{fragment(prefixes, weights, 'train')}"
+
+
 def fragment(prefixes: list[str], weights: list[float], key: str) -> str:
     """YAML of the section: data.<key> with a line a corpus."""
     rows = [f"    - {{path: {json.dumps(p)}, weight: {w:.6g}}}" for p, w in zip(prefixes, weights, strict=True)]

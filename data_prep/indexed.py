@@ -6,7 +6,9 @@ uint64 document boundaries; int32 length and int64 byte offset of every sequence
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,24 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65536 else np.int32)
 
 
-def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """The .idx of sequences that are one document each. lengths: int32 [documents], tokens of each."""
-    offsets = np.zeros(len(lengths), dtype=np.int64)
-    np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=offsets[1:])
-    with open(path, "wb") as file:
-        file.write(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(lengths) + 1))
-        file.write(lengths.astype(np.int32).tobytes() + offsets.tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+def write_index(path: Path, lengths: Iterable[np.ndarray], dtype: np.dtype, documents: int) -> None:
+    """The .idx of sequences that are one document each. lengths: parts of the int32 [documents], tokens of each."""
+    with open(path, "wb") as sizes, open(path, "rb+") as starts, open(path, "rb+") as bounds:
+        sizes.write(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], documents, documents + 1))
+        starts.seek(sizes.tell() + 4 * documents)
+        bounds.seek(sizes.tell() + 12 * documents)
+        bounds.write(bytes(8))                                    # boundaries begin with 0
+        offset = number = 0
+        for part in lengths:
+            ends = np.cumsum(part.astype(np.int64) * dtype.itemsize) + offset
+            sizes.write(part.astype(np.int32).tobytes())
+            starts.write(np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes() if len(part) else b"")
+            bounds.write(np.arange(number + 1, number + len(part) + 1, dtype=np.int64).tobytes())
+            number += len(part)
+            offset = int(ends[-1]) if len(part) else offset
+        for file in (sizes, starts, bounds):
+            file.flush()
+        os.fsync(sizes.fileno())
 
 
 class IndexedDataset:

@@ -11,14 +11,18 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """sizes: bytes of every input file. The share done is of file bytes, the speed of text bytes."""
+    """sizes: bytes of every input file. The share done is of file bytes, the speed of text bytes.
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    shown: one process of several tells, of its own share.
+    """
+
+    def __init__(self, sizes: dict[str, int], shown: bool = True) -> None:
+        self.shown = shown
         self.sizes, self.positions = sizes, dict.fromkeys(sizes, 0)
         self.text_bytes = self.documents = 0
         self.started = self.told = time.monotonic()
-        self.bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="tokenizing") \
-            if sys.stderr.isatty() else None
+        self.bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="reading") \
+            if shown and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
         return self
@@ -38,7 +42,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(counts, refresh=False)
             self.bar.update(done - self.bar.n)
-        elif now - self.told >= SECONDS_BETWEEN_LINES:
+        elif self.shown and now - self.told >= SECONDS_BETWEEN_LINES:
             self.told = now
             total = sum(self.sizes.values())
             left = (now - self.started) * (total / max(done, 1) - 1)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronIndexedDataset
+from megatron.core.datasets.object_storage_utils import ObjectStorageConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from based_mp.config import Config, Corpus, DataConfig
+from based_mp.data import object_storage
 from based_mp.data.sampler import GlobalBatchSampler
 from based_mp.errors import UserError
 from based_mp.parallel.state import Ranks
@@ -87,6 +91,8 @@ def check_corpora(config: Config) -> int:
 
 def _manifest(corpus: Corpus, config: Config) -> dict[str, Any] | None:
     """The corpus's manifest, None without one, once its files are known to fit each other and the model."""
+    if object_storage.is_remote(corpus.path):
+        return _remote_manifest(corpus, config)
     for ending in (".bin", ".idx"):
         file = Path(corpus.path + ending)
         if not file.is_file():
@@ -101,23 +107,86 @@ def _manifest(corpus: Corpus, config: Config) -> dict[str, Any] | None:
     path = Path(corpus.path + ".json")
     manifest = None
     if path.is_file():
-        try:
-            manifest = json.loads(path.read_text())
-            vocab_size, _, _ = manifest["vocab_size"], manifest["eod"], manifest["tokenizer"]["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no manifest of data_prep.tokenize: make the corpus again, or remove the file") \
-                from error
+        manifest = _parsed(str(path), path.read_bytes())
+        vocab_size = manifest["vocab_size"]
     else:
         # Made by other tools: the first tokens tell most mistakes, and reading all of them could take hours.
         vocab_size = int(indexed.data[:CHECKED_TOKENS].max()) + 1
-    if vocab_size > config.model.vocab_size:
-        raise UserError(f"{corpus.path} was made with a vocabulary of {vocab_size} or more, the model has "
-                        f"model.vocab_size={config.model.vocab_size}: set it to the tokenizer's")
+    _check_vocabulary(corpus, vocab_size, config)
     return manifest
 
 
-def build_datasets(config: Config, eod: int) -> Datasets:
-    """Build (or read from the cache) the sample indices; all ranks call this together."""
+def _parsed(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
+        _ = manifest["vocab_size"], manifest["eod"], manifest["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of data_prep.tokenize: make the corpus again, or remove the file") \
+            from error
+    return manifest
+
+
+def _check_vocabulary(corpus: Corpus, vocab_size: int, config: Config) -> None:
+    if vocab_size > config.model.vocab_size:
+        raise UserError(f"{corpus.path} was made with a vocabulary of {vocab_size} or more, the model has "
+                        f"model.vocab_size={config.model.vocab_size}: set it to the tokenizer's")
+
+
+def _remote_manifest(corpus: Corpus, config: Config) -> dict[str, Any]:
+    """The manifest of a corpus in an S3-compatible store, whose sizes tell whether all of it was uploaded."""
+    try:
+        manifest = _parsed(corpus.path + ".json", object_storage.read(corpus.path + ".json"))
+    except FileNotFoundError as error:
+        raise UserError(f"{corpus.path}.json is missing: upload .bin, .idx and .json together, or correct the path") \
+            from error
+    expected = {".bin": manifest["tokens"] * (2 if manifest["dtype"] == "uint16" else 4),
+                ".idx": 42 + 20 * manifest["documents"]}
+    for ending, size in expected.items():
+        found = object_storage.size(corpus.path + ending)
+        if found != size:
+            raise UserError(f"{corpus.path}{ending} has {found or 0} bytes, its manifest tells of {size}: upload it "
+                            "again")
+    _check_vocabulary(corpus, manifest["vocab_size"], config)
+    return manifest
+
+
+def build_datasets(config: Config, ranks: Ranks, eod: int) -> Datasets:
+    """Build (or read from the cache) the sample indices, once per node; all ranks call this together."""
+    return _once_per_node(ranks, lambda: _datasets(config, eod))
+
+
+def _once_per_node(ranks: Ranks, build: Callable[[], Datasets]) -> Datasets:
+    """The first process of the run builds; then that of every node, which finds it done where nodes share the cache;
+    then the others read.
+
+    megatron-core itself lets rank 0 alone build, and processes that do not see its files fail. So who builds is made
+    to believe that it is alone, and the barriers are here.
+    """
+    alone = mock.patch.multiple(dist, is_initialized=lambda: False, get_rank=lambda *_: 0)
+    reader = mock.patch.object(dist, "barrier", lambda *_, **__: None)
+    turn = 0 if ranks.rank == 0 else 1 if ranks.local_rank == 0 else 2
+    built = None
+    for now in range(3):
+        if now == turn:
+            with alone if turn < 2 else reader:
+                built = build()
+        dist.barrier()
+    assert built is not None
+    return built
+
+
+class CorpusDataset(GPTDataset):
+    """megatron-core's, with reads from object storage that fit shuffled samples."""
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> MegatronIndexedDataset:
+        if not object_storage.is_remote(dataset_path):
+            return MegatronIndexedDataset(dataset_path)
+        return MegatronIndexedDataset(dataset_path, mmap=False, object_storage_config=ObjectStorageConfig(
+            path_to_idx_cache=config.object_storage_cache_path, bin_chunk_nbytes=object_storage.READ_BYTES))
+
+
+def _datasets(config: Config, eod: int) -> Datasets:
     data, training, validation = config.data, config.training, config.validation
     train_samples = training.steps * training.global_batch_size
     eval_samples = validation.batches * training.global_batch_size
@@ -137,7 +206,7 @@ def _settings(config: Config, eod: int, **choice: Any) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=config.data.seed, sequence_length=config.training.seq_length, tokenizer=vocabulary,
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-        path_to_cache=_cache_dir(config.data), **choice)
+        path_to_cache=_cache_dir(config.data), object_storage_cache_path=_cache_dir(config.data), **choice)
 
 
 def _cache_dir(data: DataConfig) -> str:
@@ -151,20 +220,20 @@ def _blend(corpora: list[Corpus]) -> tuple[list[str], list[float] | None]:
 
 def _build(config: Config, eod: int, corpora: list[Corpus], samples: int) -> Any:
     settings = _settings(config, eod, blend_per_split=[_blend(corpora), None, None])
-    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], _on_this_rank, settings).build()[0]
+    return BlendedMegatronDatasetBuilder(CorpusDataset, [samples, None, None], _on_this_rank, settings).build()[0]
 
 
 def _split(config: Config, eod: int, train_samples: int, eval_samples: int) -> Datasets:
     data = config.data
     settings = _settings(config, eod, blend=_blend(data.train), split=data.split)
-    train = BlendedMegatronDatasetBuilder(GPTDataset, [train_samples, eval_samples, eval_samples], _on_this_rank,
+    train = BlendedMegatronDatasetBuilder(CorpusDataset, [train_samples, eval_samples, eval_samples], _on_this_rank,
                                           settings).build()[0]
     valid: dict[str, tuple[Any, float]] = {}
     test: dict[str, tuple[Any, float]] = {}
     for corpus in data.train:
         settings = _settings(config, eod, blend=_blend([corpus]), split=data.split)
         _, one_valid, one_test = BlendedMegatronDatasetBuilder(
-            GPTDataset, [1, eval_samples, eval_samples], _on_this_rank, settings).build()
+            CorpusDataset, [1, eval_samples, eval_samples], _on_this_rank, settings).build()
         for where, dataset in ((valid, one_valid), (test, one_test)):
             if dataset is not None:
                 where[corpus_name(corpus)] = (dataset, corpus.weight)
@@ -220,9 +289,9 @@ def batches(dataset: Any, config: Config, ranks: Ranks, eod: int, *, first_step:
 
 
 def prepare_cache(config: Config, ranks: Ranks) -> None:
-    """Make the cache folder once; a clear error where it cannot be written."""
+    """Make the cache folder once per node; a clear error where it cannot be written."""
     path = _cache_dir(config.data)
-    if ranks.rank == 0:
+    if ranks.local_rank == 0:
         try:
             os.makedirs(path, exist_ok=True)
         except OSError as error:

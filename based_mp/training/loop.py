@@ -34,7 +34,7 @@ class Trainer:
         self.eod = check_corpora(config)
         _, self.accumulation = config.check_world(ranks.world_size)
         prepare_cache(config, ranks)
-        self.data: Datasets = build_datasets(config, self.eod)
+        self.data: Datasets = build_datasets(config, ranks, self.eod)
         self.engine, self.step = self._engine_at_checkpoint()
         self.saved_at = self.step if self.step else None
         self.metrics = Metrics(config, ranks, self.step)

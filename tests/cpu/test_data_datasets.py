@@ -24,7 +24,8 @@ def write_corpus(prefix: Path, base: int, documents: int, **facts: object) -> st
     rows = [np.append(rng.integers(base, base + 30, rng.integers(5, 60)), EOD).astype(np.uint16)
             for _ in range(documents)]
     prefix.with_suffix(".bin").write_bytes(b"".join(r.tobytes() for r in rows))
-    write_index(prefix.with_suffix(".idx"), np.array([len(r) for r in rows], np.int32), np.dtype(np.uint16))
+    lengths = np.array([len(r) for r in rows], np.int32)
+    write_index(prefix.with_suffix(".idx"), [lengths], np.dtype(np.uint16), documents)
     manifest = {"vocab_size": VOCAB, "eod": EOD, "tokenizer": {"type": "hf", "sha256": "a"}, **facts}
     prefix.with_suffix(".json").write_text(json.dumps(manifest))
     return str(prefix)
@@ -44,7 +45,7 @@ def settings(corpora: list[str], **data: object):
 
 def built(config, ranks):
     prepare_cache(config, ranks)
-    return build_datasets(config, check_corpora(config))
+    return build_datasets(config, ranks, check_corpora(config))
 
 
 def corpus_of(sample: dict[str, torch.Tensor]) -> int:

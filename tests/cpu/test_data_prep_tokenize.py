@@ -16,9 +16,9 @@ import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from data_prep import encode as encode_module
 from data_prep import indexed
-from data_prep import output as output_module
-from data_prep import tokenize as tokenize_module
+from data_prep import merge as merge_module
 from data_prep.errors import UserError
 from data_prep.tokenize import Options, parse, tokenize
 from data_prep.tokenizers import load_tokenizer
@@ -59,16 +59,18 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer_file: str):
-    """run(shards, **options) → manifests; output prefix out/data."""
+    """run(shards, **options) → manifests; output prefix out/data. Leaves no work folder after success."""
     def call(shards: list[str], **options: object) -> dict[str, dict]:
         kind = {"kind": "hf", "model": tokenizer_file}
-        return tokenize(Options(shards, str(tmp_path / "out" / "data"), kind, **options))
+        manifests = tokenize(Options(shards, str(tmp_path / "out" / "data"), kind, **options))
+        assert not (tmp_path / "out" / "data.work").exists()
+        return manifests
     return call
 
 
 def outputs(tmp_path: Path) -> dict[str, bytes]:
     folder = tmp_path / "out"
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else {}
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.*")) if p.is_file()}
 
 
 def test_equals_megatron_byte_for_byte(tmp_path, run, tokenizer_file):
@@ -90,7 +92,7 @@ def test_int32_index_of_large_vocabularies(tmp_path):
     assert indexed.token_dtype(65535) == np.uint16 and indexed.token_dtype(65536) == np.int32
     rows = [np.array([70000, 5], np.int32), np.array([1], np.int32)]
     (tmp_path / "d.bin").write_bytes(b"".join(r.tobytes() for r in rows))
-    indexed.write_index(tmp_path / "d.idx", np.array([2, 1], np.int32), np.dtype(np.int32))
+    indexed.write_index(tmp_path / "d.idx", [np.array([2, 1], np.int32)], np.dtype(np.int32), 2)
     dataset = IndexedDataset(str(tmp_path / "d"))
     assert [dataset[i].tolist() for i in range(2)] == [[70000, 5], [1]]
 
@@ -99,35 +101,43 @@ def test_manifest(tmp_path, run, tokenizer_file):
     shard = write_shard(tmp_path / "a.jsonl.gz", good() + [record("")])
     manifest = run([shard])[str(tmp_path / "out" / "data")]
     found = outputs(tmp_path)
+    manifest = json.loads(json.dumps(manifest))
     assert manifest == json.loads(found["data.json"])
-    assert manifest["sha256"] == {e: hashlib.sha256(found[f"data.{e}"]).hexdigest() for e in ("bin", "idx")}
+    sha256 = {e: hashlib.sha256(found[f"data.{e}"]).hexdigest() for e in ("bin", "idx")}
+    assert manifest["sha256"] == {"idx": sha256["idx"], "bin": [[60, sha256["bin"]]]}
     assert manifest["documents"] == 60 and manifest["tokens"] * 2 == len(found["data.bin"])
     assert manifest["text_bytes"] == sum(len(t.encode()) for t in TEXTS) and manifest["empty_documents"] == 1
     assert manifest["components"]["Code"]["documents"] == 20 and manifest["components"]["Web"]["documents"] == 40
     assert manifest["vocab_size"] == load_tokenizer("hf", model=tokenizer_file).vocab_size
     assert manifest["eod"] == 0 and manifest["rejects"] == []
-    assert manifest["sources"] == [{"path": shard, "bytes": Path(shard).stat().st_size}]
+    assert manifest["sources"] == [{"path": shard, "bytes": Path(shard).stat().st_size, "lines": 61,
+                                    "sha256": hashlib.sha256(Path(shard).read_bytes()).hexdigest()}]
+    lengths = indexed.IndexedDataset(tmp_path / "out" / "data").lengths
+    for counts in manifest["components"].values():
+        assert counts["bytes_per_token"] == pytest.approx(counts["bytes"] / counts["tokens"], abs=1e-4)
+    merged = [c["documents_by_tokens"] for c in manifest["components"].values()]
+    for bucket in {b for c in merged for b in c}:
+        low, high = map(int, bucket.split("-"))
+        assert sum(c.get(bucket, 0) for c in merged) == ((lengths >= low) & (lengths <= high)).sum()
 
 
-def test_bytes_do_not_depend_on_workers_or_compression(tmp_path, run, monkeypatch):
-    small = tokenize_module.read_lines
-    monkeypatch.setattr(tokenize_module, "read_lines", lambda path: small(path, 500))
+def test_bytes_do_not_depend_on_workers_or_compression(tmp_path, run):
     found = []
-    for ending, workers in ((".jsonl", 1), (".jsonl.gz", 2), (".jsonl.zst", 2)):
+    for ending, workers in ((".jsonl", 1), (".jsonl.gz", 2), (".jsonl.zst", 3)):
         shards = [write_shard(tmp_path / f"{n}{ending}", good()[n * 30:n * 30 + 30]) for n in (0, 1)]
-        run(shards, workers=workers, overwrite=True)
+        manifest = run(shards, workers=workers, overwrite=True, chunk_bytes=500)[str(tmp_path / "out" / "data")]
+        assert len(manifest["sha256"]["bin"]) > 6                 # pieces: the chunks were many
         found.append({name: data for name, data in outputs(tmp_path).items() if name != "data.json"})
     assert found[0] == found[1] == found[2] and len(found[0]["data.bin"]) > 1000
+    assert len(IndexedDataset(str(tmp_path / "out" / "data"))) == 60
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_record_stops_a_long_run(tmp_path, run, monkeypatch, workers):
+def test_a_bad_record_stops_a_long_run(tmp_path, run, workers):
     """The reader is far ahead when the reject comes back: it must stop too."""
-    small = tokenize_module.read_lines
-    monkeypatch.setattr(tokenize_module, "read_lines", lambda path: small(path, 100))
     shard = write_shard(tmp_path / "a.jsonl", [b"{", *good()])
     with pytest.raises(UserError, match="line 1: malformed JSON"):
-        run([shard], workers=workers)
+        run([shard], workers=workers, chunk_bytes=100)
     assert outputs(tmp_path) == {}
 
 
@@ -160,7 +170,8 @@ def test_bad_lines(tmp_path, run, line, reason):
     assert outputs(tmp_path) == {}
     manifest = run([shard], max_bad=1)[str(tmp_path / "out" / "data")]
     assert manifest["documents"] == 5 and len(manifest["rejects"]) == 1
-    assert manifest["rejects"][0].startswith(f"{shard} line 4: ") and reason in manifest["rejects"][0]
+    reject = manifest["rejects"][0]
+    assert (reject["file"], reject["line"]) == (shard, 4) and reason in reject["reason"]
 
 
 def test_more_rejects_than_allowed(tmp_path, run):
@@ -188,7 +199,7 @@ def test_damaged_shards(tmp_path, run, ending, damage):
         run([good_shard, str(shard)])
     assert outputs(tmp_path) == {}
     # Allowed, what stood before the damage is kept, and the damage is listed.
-    manifest = run([str(shard), good_shard], max_bad=600)[str(tmp_path / "out" / "data")]
+    manifest = run([str(shard), good_shard], max_bad=600, overwrite=True)[str(tmp_path / "out" / "data")]
     assert 60 <= manifest["documents"] < 660 and manifest["rejects"]
     assert damage == "flipped" or len(manifest["rejects"]) == 1
     assert (manifest["documents"] > 60) == (damage != "not compressed")
@@ -205,7 +216,7 @@ def test_shards_that_cannot_be_read(tmp_path, run):
     assert outputs(tmp_path) == {}
 
 
-@pytest.mark.parametrize("lines", [[], [b"", b"  "], [record("")]], ids=["empty", "blank", "empty text"])
+@pytest.mark.parametrize("lines", [[b"", b"  "], [record("")]], ids=["blank", "empty text"])
 def test_nothing_to_write(tmp_path, run, lines):
     with pytest.raises(UserError, match="no document in .*: nothing was written"):
         run([write_shard(tmp_path / "a.jsonl.zst", lines)])
@@ -219,51 +230,56 @@ def test_existing_output_stays_unless_overwritten(tmp_path, run):
     with pytest.raises(UserError, match=r"data.bin exists: give --overwrite"):
         run([write_shard(tmp_path / "b.jsonl", good(5))])
     with pytest.raises(UserError, match="malformed JSON"):
-        run([write_shard(tmp_path / "c.jsonl", [*good(5), b"{"])], overwrite=True)
+        run([write_shard(tmp_path / "c.jsonl", [*good(5), b"{"])], overwrite=True, chunk_bytes=100)
     assert outputs(tmp_path) == before
+    with pytest.raises(UserError, match="data.work holds an unfinished run with other inputs: .* --overwrite"):
+        run([str(tmp_path / "b.jsonl")])
     run([str(tmp_path / "b.jsonl")], overwrite=True)
     assert verify(str(tmp_path / "out" / "data"))["documents"] == 5
 
 
-class FullDisk:
-    """A file on a disk that fills up after some bytes."""
-
-    def __init__(self, file, room: int) -> None:
-        self.file, self.room = file, room
-
-    def write(self, data) -> int:
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
-@pytest.mark.parametrize("where", ["bin", "idx"])
+@pytest.mark.parametrize("where", ["segment", "bin", "idx"])
 def test_full_disk(tmp_path, run, monkeypatch, where):
     shard = write_shard(tmp_path / "a.jsonl", good())
     run([shard])
     before = outputs(tmp_path)
-    if where == "bin":
-        monkeypatch.setattr(output_module, "open", lambda *a: FullDisk(open(*a), 900), raising=False)
-    else:
-        def full(*_):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr(output_module, "write_index", full)
-    with pytest.raises(UserError, match="cannot write .*: No space left on device; nothing was changed"):
-        run([shard], overwrite=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    module, name = {"segment": (encode_module, "write_all"), "bin": (merge_module, "copy_range"),
+                    "idx": (merge_module, "write_index")}[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, full)
+        with pytest.raises(UserError, match="cannot write .*: No space left on device; nothing was changed"):
+            run([shard], overwrite=True)
+        assert outputs(tmp_path) == before
+    run([shard], overwrite=True)
     assert outputs(tmp_path) == before
 
 
-def test_split_by_component(tmp_path, run):
+def test_copying_without_help_from_the_file_system(tmp_path, run, monkeypatch):
+    shard = write_shard(tmp_path / "a.jsonl", good())
+    run([shard], chunk_bytes=300)
+    before = outputs(tmp_path)
+
+    def refused(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+    monkeypatch.setattr(merge_module.os, "copy_file_range", refused)
+    run([shard], chunk_bytes=300, overwrite=True)
+    assert outputs(tmp_path) == before
+
+
+def test_split_by_component(tmp_path, run, tokenizer_file):
     shard = write_shard(tmp_path / "a.jsonl.zst", [*good(), record("x", "Pile-CC")])
-    manifests = run([shard], split_by_component=True)
+    manifests = run([shard], split_by_component=True, chunk_bytes=700)
     assert [Path(p).name for p in sorted(manifests)] == ["data_Code", "data_PileCC", "data_Web"]
     assert [manifests[p]["documents"] for p in sorted(manifests)] == [20, 1, 40]
     for prefix in manifests:
         verify(prefix)
+    tokenizer, web = load_tokenizer("hf", model=tokenizer_file), IndexedDataset(str(tmp_path / "out" / "data_Web"))
+    assert [tokenizer.decode(web[i][:-1].tolist()) for i in range(40)] == [t for i, t in enumerate(TEXTS) if i % 3]
+    with pytest.raises(UserError, match="data_Code.bin exists"):
+        run([shard], split_by_component=True)
 
 
 def test_command_line(tmp_path, tokenizer_file):

@@ -1,4 +1,4 @@
-"""Tokenizers, tokenizer training, the demonstration corpus, verify, inspect and blend."""
+"""Tokenizers, tokenizer training, the demonstration corpus, verify, inspect, stats and blend."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import pytest
 import yaml
 
 from based_mp.config import DataConfig
-from data_prep import blend, demo_corpus, inspect
+from data_prep import blend, demo_corpus, inspect, stats
+from data_prep import verify as verify_module
 from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset, write_index
 from data_prep.shards import Document, read_shard
 from data_prep.tokenize import Options, tokenize
 from data_prep.tokenizers import load_tokenizer
-from data_prep.train_tokenizer import train
-from data_prep.verify import verify
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+from data_prep.train_tokenizer import parse_weights, train
+from data_prep.verify import compare, verify
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,8 @@ def test_trained_sentencepiece_round_trips(demo, text):
     tokenizer = load_tokenizer(**sentencepiece(demo))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.eod not in ids
-    assert tokenizer.encode_batch([text, "b"]) == [ids, tokenizer.encode("b")]
+    found, counts = tokenizer.encode_batch([text, "b"])
+    assert found.tolist() == ids + tokenizer.encode("b") and counts.tolist() == [len(ids), len(tokenizer.encode("b"))]
     assert max(ids, default=0) < tokenizer.vocab_size == 700
 
 
@@ -161,7 +161,7 @@ def test_blend_by_tokens(demo):
 
 def small_set(prefix: Path, component: str) -> str:
     Path(f"{prefix}.bin").write_bytes(np.array([1, 0], np.uint16).tobytes())
-    write_index(Path(f"{prefix}.idx"), np.array([2], np.int32), np.dtype(np.uint16))
+    write_index(Path(f"{prefix}.idx"), [np.array([2], np.int32)], np.dtype(np.uint16), 1)
     Path(f"{prefix}.json").write_text(json.dumps(
         {"tokens": 2, "components": {component: {"documents": 1, "tokens": 2, "bytes": 9}}}))
     return str(prefix)
@@ -176,21 +176,54 @@ def test_blend_with_the_piles_weights(tmp_path, demo):
         blend.pile_weights([str(demo / "docs")])
 
 
-@pytest.mark.skipif(not (SHARED / "tokenizers").is_dir(), reason="the shared tokenizers and Pile sample are absent")
-@pytest.mark.parametrize("kind", ["gpt2", "neox"])
-def test_streams_equal_the_librarys_own(kind):
-    """The Pile sample's token ids, against the `tokenizers` library called plainly."""
-    import tokenizers
-    folder = SHARED / "tokenizers"
-    vocab, merges = folder / "gpt2" / "vocab.json", folder / "gpt2" / "merges.txt"
-    json_file = folder / "gpt_neox_20b" / "20B_tokenizer.json"
-    if kind == "gpt2":
-        ours = load_tokenizer("gpt2", vocab_file=str(vocab), merge_file=str(merges))
-        theirs = tokenizers.ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
-        assert (ours.vocab_size, ours.eod) == (50257, 50256)
-    else:
-        ours, theirs = load_tokenizer("hf", model=str(json_file)), tokenizers.Tokenizer.from_file(str(json_file))
-        assert ours.eod == 0
-    texts = [r.text for r in read_shard(SHARED / "pile" / "pile_open_val.jsonl.zst") if isinstance(r, Document)][:200]
-    assert ours.encode_batch(texts) == [theirs.encode(t, add_special_tokens=False).ids for t in texts]
-    assert [ours.decode(ids) for ids in ours.encode_batch(texts[:50])] == texts[:50] or kind == "neox"
+def test_weights_of_components_in_tokenizer_training(demo, tmp_path):
+    shards = [str(p) for p in sorted(demo.glob("*_train.jsonl.zst"))]
+    report = train(shards, str(tmp_path / "w"), 400, 0.2, {"PythonDocs": 3, "PythonSource": 1})
+    assert report == json.loads((tmp_path / "w.json").read_text())
+    found = report["components"]
+    assert {name: c["weight"] for name, c in found.items()} == {"PythonDocs": 0.75, "PythonSource": 0.25}
+    assert found["PythonDocs"]["share"] == pytest.approx(0.75, abs=0.15)
+    assert all(1 < c["bytes_per_token"] < 6 for c in found.values())
+    only = train(shards, str(tmp_path / "o"), 400, 0.2, {"PythonDocs": 1})
+    assert list(only["components"]) == ["PythonDocs"]
+    with pytest.raises(UserError, match="no document of component 'Pithon'"):
+        train(shards, str(tmp_path / "x"), 400, 0.2, {"Pithon": 1, "PythonDocs": 1})
+    assert parse_weights(["a=b=2"], False) == {"a=b": 2} and parse_weights([], False) is None
+    for bad in ("a", "=1", "a=-1", "a=x"):
+        with pytest.raises(UserError, match="give COMPONENT=NUMBER"):
+            parse_weights([bad], False)
+
+
+def test_verify_compares_with_the_source(demo, tmp_path, capsys, monkeypatch):
+    tokenizer = load_tokenizer(**sentencepiece(demo))
+    rows = list(compare(str(demo / "docs"), tokenizer, 7))
+    assert len(rows) == 7 and rows[0][0] == 0 and rows[-1][0] == len(IndexedDataset(demo / "docs")) - 1
+    assert all(decoded == text.replace("\u2581", " ") for _, decoded, text in rows)
+    monkeypatch.setattr(sys, "argv", ["x", str(demo / "docs"), "--samples", "3", "--tokenizer-type", "sentencepiece",
+                                      "--tokenizer-model", str(demo / "tokenizer.model")])
+    verify_module.main()
+    shown = capsys.readouterr().out
+    assert shown.count("same text") == 3 and "all checks passed" in shown
+    other = train([str(demo / "PythonDocs_val.jsonl.zst")], str(tmp_path / "other"), 400, 10)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        list(compare(str(demo / "docs"), load_tokenizer("sentencepiece", model=str(tmp_path / "other.model")), 3))
+    assert other["vocab_size"] == 400
+    for ending in ("bin", "idx", "json"):
+        (tmp_path / f"d.{ending}").write_bytes((demo / f"docs.{ending}").read_bytes())
+    manifest = json.loads((tmp_path / "d.json").read_text())
+    manifest["sources"][0]["path"] = str(demo / "PythonDocs_val.jsonl.zst")
+    (tmp_path / "d.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="document 0 of .* is not line 1 of its source"):
+        list(compare(str(tmp_path / "d"), tokenizer, 3))
+
+
+def test_stats(demo, tmp_path, capsys, monkeypatch):
+    prefixes = [str(demo / "docs"), str(demo / "source")]
+    found = stats.statistics(prefixes)
+    assert found["total"]["documents"] == sum(len(IndexedDataset(p)) for p in prefixes)
+    assert found["total"]["tokens"] == sum(len(IndexedDataset(p).data) for p in prefixes)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install '.[plot]')")
+    monkeypatch.setattr(sys, "argv", ["x", *prefixes, "--plot", str(tmp_path / "p.png")])
+    stats.main()
+    assert json.loads(capsys.readouterr().out) == found
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "p.png").stat().st_size > 20_000
