@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -168,17 +169,19 @@ def command(tmp_path: Path, inputs: list[str], tokenizer: str, out: str, *more: 
 def test_kill_9_at_20_random_moments(tmp_path, tokenizer_file):  # noqa: F811
     """Each time: start, SIGKILL, start again to the end; with two workers, which must not outlive their parent."""
     inputs = shards(tmp_path, 1500)
-    start = time.monotonic()
     subprocess.run(command(tmp_path, inputs, tokenizer_file, "reference", "--workers", "2"), cwd=REPO, check=True,
                    capture_output=True)
-    seconds = time.monotonic() - start
     files = {p.name: p.read_bytes() for p in (tmp_path / "reference").iterdir()}
+    total = (tmp_path / "reference" / "data.bin").stat().st_size
     rng, unfinished = random.Random(), 0
     for number in range(20):
-        # The second half of a run is where there is something to lose.
+        # Moments by what is written, not by the clock: a busy machine changes its pace.
         process = subprocess.Popen(command(tmp_path, inputs, tokenizer_file, "out", "--workers", "2"), cwd=REPO,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds * rng.uniform(0.3, 0.95))
+        wanted = total * rng.uniform(0.0, 1.05)
+        while process.poll() is None and written(tmp_path / "out" / "data.work") < wanted:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (tmp_path / "out" / "data.idx").exists() and not (tmp_path / "out" / "data.work" / "run.json").exists():
@@ -193,6 +196,15 @@ def test_kill_9_at_20_random_moments(tmp_path, tokenizer_file):  # noqa: F811
     while orphans := [p for p in running() if str(tmp_path) in p]:
         assert time.monotonic() < deadline, orphans
         time.sleep(0.1)
+
+
+def written(folder: Path) -> int:
+    """Bytes in the segments so far."""
+    size = 0
+    for path in folder.glob("segment-*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def running() -> list[str]:
