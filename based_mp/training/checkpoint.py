@@ -240,7 +240,6 @@ class _all_ranks:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error: import traceback; traceback.print_exception(error)
         if error is not None and not isinstance(error, Exception):
             return False
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"

@@ -29,7 +29,7 @@ def corpus(tmp_path_factory) -> Path:
     lengths = np.full(40, 300, np.int32)
     tokens = np.random.default_rng(0).zipf(1.5, int(lengths.sum()))
     np.minimum(tokens, 119).astype(np.uint16).tofile(folder / "c.bin")
-    write_index(folder / "c.idx", lengths, np.dtype(np.uint16))
+    write_index(folder / "c.idx", [lengths], np.dtype(np.uint16), len(lengths))
     return folder / "c"
 
 
