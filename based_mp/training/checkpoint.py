@@ -6,11 +6,9 @@ DIR/latest           the name of the newest complete checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,6 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def prepare(directory: str | Path, ranks: Ranks) -> None:
-    """Make the folder, so that a run which could not save does not start. Raises UserError."""
-    with _all_ranks(f"cannot write to checkpoint.dir={directory}"):
-        if ranks.rank == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            if not os.access(directory, os.W_OK):
-                raise PermissionError("no permission to write there")
-
-
 def save(engine: Any, directory: str | Path, config: Config, ranks: Ranks, step: int) -> Path:
     """Write the training state after `step` steps; on any failure the older checkpoints stay as they are."""
     root = Path(directory)
@@ -48,16 +37,14 @@ def save(engine: Any, directory: str | Path, config: Config, ranks: Ranks, step:
             shutil.rmtree(temporary, ignore_errors=True)
             _check_space(engine, root, ranks)
     with _all_ranks(f"cannot write the checkpoint {final}; older checkpoints are unchanged", temporary):
-        with _failing_at_the_end(engine.checkpoint_engine):
-            engine.save_checkpoint(str(root), tag=temporary.name, client_state={"step": step}, save_latest=False)
+        engine.save_checkpoint(str(root), tag=temporary.name, client_state={"step": step}, save_latest=False)
     with _all_ranks(f"cannot publish the checkpoint {final}; older checkpoints are unchanged", temporary):
         if ranks.rank == 0:
-            write_config(temporary, config)
+            _describe(temporary, config, ranks, step)
             shutil.rmtree(final, ignore_errors=True)
-            publish(temporary, final, {
-                "step": step, "samples": step * config.training.global_batch_size, "universal": False,
-                "layout": layout(config, ranks), "architecture": architecture(config.model)})
-            _prune(final, config.checkpoint.keep_last)
+            os.replace(temporary, final)
+            write_latest(root, final.name)
+            _prune(root, config.checkpoint.keep_last)
     return final
 
 
@@ -72,11 +59,9 @@ def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
     return int(client.get("step", meta["step"]))
 
 
-def publish(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Describe the finished folder `temporary`, give it its name `final` in one step and point `latest` at it."""
-    write_meta(temporary, meta)
-    os.replace(temporary, final)
-    _write(final.parent / LATEST, final.name)
+def write_latest(root: Path, name: str) -> None:
+    """Point `latest` at a published checkpoint, in one step."""
+    _write(root / LATEST, name)
 
 
 def newest(directory: str | Path) -> Path | None:
@@ -87,14 +72,8 @@ def newest(directory: str | Path) -> Path | None:
     checkpoint = Path(directory) / pointer.read_text().strip()
     if not checkpoint.is_dir():
         raise UserError(f"{pointer} names {checkpoint.name}, which is not there: write the name of an existing "
-                        "step_… folder into it, or give another checkpoint.dir to start again")
+                        "step_… folder into it, or delete it to start again")
     return checkpoint
-
-
-def check_unused(directory: str | Path) -> None:
-    """UserError where `directory` holds checkpoints: another run's must not be mixed with or written over."""
-    if any(Path(directory).glob("step_*")):
-        raise UserError(f"{directory} holds checkpoints already: give another folder, or remove them")
 
 
 def resolve(path: str | Path) -> Path:
@@ -112,13 +91,13 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json, after checking that every file it lists is there whole."""
     try:
         meta = json.loads((checkpoint / "meta.json").read_text())
-        sizes = {checkpoint / name: size for name, size in meta["files"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint (no readable meta.json): use an older one by "
                         f"writing its name into {checkpoint.parent / LATEST}") from error
-    for file, size in sizes.items():
+    for name, size in meta["files"].items():
+        file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{checkpoint} is damaged ({file.name} is missing or not {size} bytes long): use an older "
+            raise UserError(f"{checkpoint} is damaged ({name} is missing or not {size} bytes long): use an older "
                             f"checkpoint by writing its name into {checkpoint.parent / LATEST}")
     return meta
 
@@ -172,6 +151,13 @@ def write_config(folder: Path, config: Config) -> None:
             shutil.copy(file, folder / TOKENIZER)
 
 
+def _describe(folder: Path, config: Config, ranks: Ranks, step: int) -> None:
+    write_config(folder, config)
+    write_meta(folder, {
+        "step": step, "samples": step * config.training.global_batch_size, "universal": False,
+        "layout": layout(config, ranks), "architecture": architecture(config.model)})
+
+
 def tokenizer_files(tokenizer: TokenizerConfig) -> list[str]:
     return [f for f in (tokenizer.model, tokenizer.vocab_file, tokenizer.merge_file) if f is not None]
 
@@ -190,44 +176,21 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _prune(newest: Path, keep: int) -> None:
-    """Keep `newest` and the ones before it; later ones are of a run that was gone back from, and stay."""
-    complete = sorted(p for p in newest.parent.glob("step_*") if p.is_dir() and p.name <= newest.name)
+def _prune(root: Path, keep: int) -> None:
+    complete = sorted(p for p in root.glob("step_*") if p.is_dir())
     for old in complete[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for left_over in newest.parent.glob(".writing_*"):
+    for left_over in root.glob(".writing_*"):
         shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _check_space(engine: Any, root: Path, ranks: Ranks) -> None:
-    """Refuse before the first byte where the disk cannot hold the weights, their fp32 copy and two moments."""
+    """Refuse before the first byte where the disk cannot hold fp32 weights and two moments."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()) * ranks.tp_size
-    weight = next(engine.module.parameters()).element_size()
-    need, free = parameters * (weight + 12), shutil.disk_usage(root).free
+    need, free = parameters * 14, shutil.disk_usage(root).free
     if free < need:
         raise OSError(f"the disk has {free / 1e9:.2f} GB free and about {need / 1e9:.2f} GB are needed: free some, "
                       "lower checkpoint.keep_last or change checkpoint.dir")
-
-
-@contextlib.contextmanager
-def _failing_at_the_end(writer: Any) -> Iterator[None]:
-    """Raise the first failed write of DeepSpeed's checkpoint engine after the block.
-
-    Its saving has barriers, at which the other ranks would wait for the one that raised.
-    """
-    write, failed = writer.save, []
-
-    def save(*args: Any, **kwargs: Any) -> None:
-        try:
-            write(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            failed.append(error)
-
-    writer.save = save
-    yield
-    del writer.save
-    if failed:
-        raise failed[0]
 
 
 class _all_ranks:

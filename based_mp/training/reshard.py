@@ -26,7 +26,8 @@ def reshard(source: str | Path, output: str | Path, *, workers: int = 1) -> Path
     meta = ckpt.read_meta(checkpoint)
     check_convertible(meta, checkpoint)
     final, temporary = root / checkpoint.name, root / f".writing_{checkpoint.name}"
-    ckpt.check_unused(root)
+    if final.exists():
+        raise UserError(f"{final} exists already: give another --output, or remove it")
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -35,7 +36,9 @@ def reshard(source: str | Path, output: str | Path, *, workers: int = 1) -> Path
         shutil.copy(checkpoint / "config.yaml", temporary)
         if (checkpoint / ckpt.TOKENIZER).is_dir():
             shutil.copytree(checkpoint / ckpt.TOKENIZER, temporary / ckpt.TOKENIZER)
-        ckpt.publish(temporary, final, {**meta, "universal": True})
+        ckpt.write_meta(temporary, {**meta, "universal": True})
+        os.replace(temporary, final)
+        ckpt.write_latest(root, final.name)
     except (OSError, RuntimeError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot convert {checkpoint} to {final}: {' '.join(str(error).split())[:300]}; the source "
