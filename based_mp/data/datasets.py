@@ -102,12 +102,15 @@ def _manifest(corpus: Corpus, config: Config) -> dict[str, Any] | None:
             raise UserError(f"{file} is empty: make it again with python -m data_prep.tokenize --overwrite")
     try:
         indexed = IndexedDataset(corpus.path)
+        path = Path(corpus.path + ".json")
+        text = path.read_bytes() if path.is_file() else None
     except DataPrepError as error:
         raise UserError(str(error)) from error
-    path = Path(corpus.path + ".json")
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): correct its permissions") from error
     manifest = None
-    if path.is_file():
-        manifest = _parsed(str(path), path.read_bytes())
+    if text is not None:
+        manifest = _parsed(str(path), text)
         vocab_size = manifest["vocab_size"]
     else:
         # Made by other tools: the first tokens tell most mistakes, and reading all of them could take hours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def full_state(checkpoint: Path, model: torch.nn.Module) -> dict[str, Tensor]:
     else:
         files = sorted(checkpoint.glob("mp_rank_*_model_states.pt"),
                        key=lambda p: int(re.findall(r"mp_rank_(\d+)", p.name)[0]))
-        shards = [torch.load(file, map_location="cpu", weights_only=False)["module"] for file in files]
+        shards = [_read(file)["module"] for file in files]
     names = dict(model.named_parameters())
     missing = sorted(set(names) - set(shards[0]))
     if missing:
@@ -68,10 +69,18 @@ def full_state(checkpoint: Path, model: torch.nn.Module) -> dict[str, Tensor]:
     return out
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """One file of a checkpoint, on the CPU. Raises UserError where its bytes are damaged (its size was checked)."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=False)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} is damaged and cannot be read ({' '.join(str(error).split())[:100]}): use an older "
+                        "checkpoint, or fetch this one again") from error
+
+
 def _fp32_state(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
     if meta["universal"]:                                            # every parameter whole, in a folder of its name
-        return {path.parent.name: torch.load(path, map_location="cpu", weights_only=False)["param"]
-                for path in sorted((checkpoint / "zero").glob("*/fp32.pt"))}
+        return {path.parent.name: _read(path)["param"] for path in sorted((checkpoint / "zero").glob("*/fp32.pt"))}
     if meta["layout"]["tensor_parallel"] > 1:
         raise UserError(f"{checkpoint} was saved with ZeRO-3 and tensor parallelism, which cannot be merged: save "
                         "with parallel.zero_stage 1 or 2")

@@ -60,13 +60,13 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         if wanted == "cuda":
-            raise UserError("training.device is cuda but torch sees no GPU: install a CUDA build of torch and check "
-                            "the driver, or set training.device=cpu")
+            raise UserError("the device is cuda but torch sees no GPU: install a CUDA build of torch and check the "
+                            "driver, or choose cpu (training.device=cpu; generate: --device cpu)")
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(f"local rank {local_rank} has no GPU of its own ({count} visible): start {count} processes "
-                        "on this node, or set training.device=cpu")
+                        "on this node, or choose cpu (training.device=cpu; generate: --device cpu)")
     return torch.device("cuda", local_rank)
 
 
@@ -78,9 +78,9 @@ def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int
     ranks get distinct streams where megatron-core's tracker needs them.
     """
     rank, world, local_rank = launcher_env()
-    if world % tensor_parallel_size:
+    if tensor_parallel_size < 1 or world % tensor_parallel_size:
         raise UserError(f"{world} processes cannot be split into tensor-parallel groups of {tensor_parallel_size}: "
-                        f"start a multiple of {tensor_parallel_size}, or change parallel.tensor_parallel_size")
+                        "start a multiple of it (torchrun --nproc_per_node …), or change the tensor-parallel size")
     where = choose_device(device, local_rank)
     _set_environment(rank, world, local_rank, where)
     # megatron-core and DeepSpeed announce optional packages that are not used here.
@@ -147,7 +147,11 @@ def _first_slurm_host() -> str:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes or int(os.environ.get("SLURM_NNODES", "1")) == 1:
         return "127.0.0.1"
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError("scontrol does not tell the hosts of this slurm job: export MASTER_ADDR (the first host) and "
+                        "MASTER_PORT before srun, as launch/slurm.sbatch does") from error
     return hosts.stdout.split()[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def reshard(source: str | Path, output: str | Path, *, workers: int = 1) -> Path
         ckpt.write_meta(temporary, {**meta, "universal": True})
         os.replace(temporary, final)
         ckpt.write_latest(root, final.name)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot convert {checkpoint} to {final}: {' '.join(str(error).split())[:300]}; the source "
                         "is unchanged") from error
