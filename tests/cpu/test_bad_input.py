@@ -61,12 +61,17 @@ def test_damaged_bytes_of_the_right_length(tmp_path, gloo_process):
 
 
 def test_resharding_damaged_bytes_leaves_nothing(tmp_path, gloo_process):
-    damage(checkpoint(tmp_path / "run"))
+    folder = checkpoint(tmp_path / "run")
+    optimizer = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {}}, optimizer)
+    ckpt.write_meta(folder, ckpt.read_meta(folder))
+    damage(folder)
     done = subprocess.run(
         [sys.executable, "launch/convert.py", "reshard", "--checkpoint", tmp_path / "run", "--output",
          tmp_path / "new"], cwd=REPO, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: cannot convert" in done.stderr and "the source is unchanged" in done.stderr
+    assert "error: cannot convert" in done.stderr and "invalid load key" in done.stderr
+    assert "the source is unchanged" in done.stderr
     assert not list((tmp_path / "new").iterdir())
 
 
