@@ -67,6 +67,8 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 def run_reshard(arguments: argparse.Namespace) -> None:
+    from based_mp.parallel import state
+    state.quiet_imports()
     from based_mp.training.reshard import reshard
     final = reshard(arguments.checkpoint, arguments.output, workers=arguments.workers)
     print(f"wrote {final}: start a run of any layout with checkpoint.dir={final.parent}")

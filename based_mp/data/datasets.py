@@ -24,7 +24,6 @@ from based_mp.data import object_storage
 from based_mp.data.sampler import GlobalBatchSampler
 from based_mp.errors import UserError
 from based_mp.parallel.state import Ranks
-from data_prep.errors import UserError as DataPrepError
 from data_prep.indexed import IndexedDataset
 from data_prep.tokenizers import load_tokenizer
 
@@ -78,7 +77,7 @@ def check_corpora(config: Config) -> int:
         try:
             own = load_tokenizer(t.type, model=t.model, vocab_file=t.vocab_file, merge_file=t.merge_file,
                                  eod_token=t.eod_token).fingerprint()
-        except DataPrepError as error:
+        except UserError as error:
             raise UserError(f"data.tokenizer: {error}") from error
         if own != sha256:
             raise UserError(f"{path} was made with another tokenizer than data.tokenizer: correct data.tokenizer, or "
@@ -104,8 +103,6 @@ def _manifest(corpus: Corpus, config: Config) -> dict[str, Any] | None:
         indexed = IndexedDataset(corpus.path)
         path = Path(corpus.path + ".json")
         text = path.read_bytes() if path.is_file() else None
-    except DataPrepError as error:
-        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): correct its permissions") from error
     manifest = None

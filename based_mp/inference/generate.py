@@ -18,7 +18,6 @@ from based_mp.inference.sampling import next_tokens
 from based_mp.model.based_model import build_model, extend, init_states
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
-from data_prep.errors import UserError as DataPrepError
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -33,11 +32,8 @@ class Completion:
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that a configuration names."""
-    try:
-        return load_tokenizer(config.type, model=config.model, vocab_file=config.vocab_file,
-                              merge_file=config.merge_file, eod_token=config.eod_token)
-    except DataPrepError as error:
-        raise UserError(str(error)) from error
+    return load_tokenizer(config.type, model=config.model, vocab_file=config.vocab_file,
+                          merge_file=config.merge_file, eod_token=config.eod_token)
 
 
 class Generator:

@@ -70,6 +70,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def quiet_imports() -> None:
+    """Ignore warnings of megatron-core and DeepSpeed, which announce optional packages that are not used here."""
+    for module in ("megatron", "deepspeed", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module.replace(".", r"\.") + r"\b.*")
+
+
 def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int = 1234,
                timeout_minutes: float = 30) -> Ranks:
     """Join the other processes and build megatron-core's process groups.
@@ -83,9 +89,7 @@ def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int
                         "start a multiple of it (torchrun --nproc_per_node …), or change the tensor-parallel size")
     where = choose_device(device, local_rank)
     _set_environment(rank, world, local_rank, where)
-    # megatron-core and DeepSpeed announce optional packages that are not used here.
-    for module in ("megatron", "deepspeed", "torch.distributed"):
-        warnings.filterwarnings("ignore", module=module.replace(".", r"\.") + r"\b.*")
+    quiet_imports()
     from megatron.core import parallel_state, tensor_parallel
     if where.type == "cpu":
         from based_mp.parallel import cpu_shim
