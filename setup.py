@@ -111,6 +111,8 @@ setup(
         "s3": ["boto3>=1.34"],
         "ci": ["moto[server]>=5"],
         "dedup": ["rensa==0.5.0"],
+        "fla": ["fla-core==0.6.0"],
+        "eval": ["lm-eval==0.4.13"],
     },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
     **cuda_extension(),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from based_mp.config import Config
@@ -32,7 +33,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
     return TransformerConfig(
         num_layers=model.num_layers, hidden_size=model.d_model, num_attention_heads=model.num_heads,
-        ffn_hidden_size=model.ffn_size, kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_size or model.d_model, kv_channels=model.head_dim,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
         params_dtype=dtype, bf16=dtype == torch.bfloat16, pipeline_dtype=dtype,
@@ -103,7 +104,8 @@ def extend(model: GPTModel, tokens: Tensor, states: list[Any], cu_seqlens: Tenso
     hidden = model.embedding(input_ids=tokens, position_ids=positions)                 # [s, b, d_model]
     for layer, state in zip(model.decoder.layers, states, strict=True):
         hidden = hidden + layer.self_attention.extend(layer.input_layernorm(hidden), state, cu_seqlens)
-        hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+        if isinstance(layer.mlp, MLP):
+            hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
     if last_only:
         hidden = hidden[-1:] if cu_seqlens is None else hidden[cu_seqlens[1:].long() - 1, 0][None]
     hidden = model.decoder.final_layernorm(hidden)

@@ -1,9 +1,10 @@
-"""One Megatron-core layer spec per layer: pre-norm mixer, pre-norm SwiGLU MLP."""
+"""One Megatron-core layer spec per layer: pre-norm mixer, pre-norm SwiGLU MLP (or none)."""
 
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -11,9 +12,17 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from based_mp.config import ModelConfig
 from based_mp.model.gated_conv import GatedConv
+from based_mp.model.gla import GLA
+from based_mp.model.h3 import H3
+from based_mp.model.hyena import Hyena
 from based_mp.model.linear_attention import LinearAttention
+from based_mp.model.mamba import Mamba
 from based_mp.model.norms import RMSNorm
+from based_mp.model.rwkv import RWKV
 from based_mp.model.softmax_attention import SoftmaxAttention
+from based_mp.ops.backends import check_kernels
+
+SYSTEMS = {"gla": GLA, "mamba": Mamba, "h3": H3, "hyena": Hyena, "rwkv": RWKV}
 
 
 def mixer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
@@ -28,17 +37,22 @@ def mixer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
         return ModuleSpec(module=SoftmaxAttention, params=rotary)
     if kind == "gated_conv":
         return ModuleSpec(module=GatedConv, params={"kernel": model.conv_kernel})
-    raise ValueError(f"unknown mixer {kind!r}")
+    params = {"settings": getattr(model, kind)}
+    if kind in ("gla", "rwkv"):
+        check_kernels(model.kernels)
+        params["kernels"] = model.kernels
+    return ModuleSpec(module=SYSTEMS[kind], params=params)
 
 
 def block_spec(model: ModelConfig) -> TransformerBlockSubmodules:
     """The whole stack: a layer spec per layer, and the final norm."""
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear,
-                                                          linear_fc2=RowParallelLinear))
+    mlp = {"pre_mlp_layernorm": RMSNorm, "mlp_bda": get_bias_dropout_add, "mlp": ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))}
+    if model.ffn_size == 0:
+        mlp = {"pre_mlp_layernorm": IdentityOp, "mlp_bda": IdentityFuncOp, "mlp": IdentityOp}
     layers = [
         ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm, self_attention=mixer_spec(kind, model), self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
+            input_layernorm=RMSNorm, self_attention=mixer_spec(kind, model), self_attn_bda=get_bias_dropout_add, **mlp))
         for kind in model.mixers
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

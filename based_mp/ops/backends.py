@@ -10,6 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from based_mp.errors import UserError
+from based_mp.ops import recurrences
+
 HEAD_DIMS = (64, 80, 96, 112, 128)
 FEATURE_DIMS = (8, 16)
 
@@ -66,3 +69,32 @@ def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = No
         return "cuda"
     _warn_once(reason)
     return "torch"
+
+
+@functools.cache
+def fla_ops() -> ModuleType | None:
+    """flash-linear-attention's operators (`fla.ops`), or None where fla-core is not installed."""
+    try:
+        return importlib.import_module("fla.ops")
+    except ImportError:
+        return None
+
+
+def check_kernels(kernels: str) -> None:
+    """UserError where model.kernels asks for what is not installed."""
+    if kernels == "fla" and fla_ops() is None:
+        raise UserError("model.kernels is fla, but flash-linear-attention is not installed: pip install '.[fla]', or "
+                        "set model.kernels=torch")
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, kernels: str,
+                           bonus: Tensor | None = None, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`recurrences.gated_linear_attention`, on a GPU by flash-linear-attention's kernels unless kernels is "torch"."""
+    fla = fla_ops() if q.is_cuda and kernels != "torch" else None
+    if fla is None:
+        return recurrences.gated_linear_attention(q, k, v, log_decay, scale=scale, bonus=bonus, initial=initial)
+    q, k, v, log_decay = (x.contiguous() for x in (q, k, v, log_decay.to(torch.float32)))
+    options = {"scale": scale, "initial_state": initial, "output_final_state": True}
+    if bonus is None:
+        return fla.chunk_gla(q, k, v, log_decay, **options)
+    return fla.chunk_rwkv6(q, k, v, log_decay, bonus.contiguous(), **options)

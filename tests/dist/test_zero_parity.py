@@ -9,9 +9,9 @@ from tests.helpers import REPO, run_distributed
 WORKER = REPO / "tests" / "dist" / "train_worker.py"
 
 
-def train(folder, processes, tp=1, zero=1, sp=False, fault="none", reference=False):
+def train(folder, processes, tp=1, zero=1, sp=False, fault="none", reference=False, systems=()):
     out = folder / f"{processes}_{tp}_{zero}_{int(sp)}_{fault}_{int(reference)}.json"
-    run_distributed(processes, WORKER, [out, tp, zero, int(sp), fault, int(reference)])
+    run_distributed(processes, WORKER, [out, tp, zero, int(sp), fault, int(reference), *systems])
     return json.loads(out.read_text())
 
 
@@ -44,3 +44,12 @@ def test_negative_controls_are_caught(tmp_path, plain, fault):
     """The faults the limits above are there for do exceed them (the attributes only in the norm)."""
     loss, norm = deviation(train(tmp_path, 4, 2, 1, sp=True, fault=fault), plain)
     assert norm > 1e-5
+
+
+@pytest.mark.parametrize("systems, sp", [(("gla", "mamba", "h3", "hyena"), True), (("rwkv", "gla"), False)])
+def test_compared_systems_equal_plain_pytorch(tmp_path, systems, sp):
+    plain = train(tmp_path, 1, zero=0, reference=True, systems=systems)["history"]
+    result = train(tmp_path, 2, 2, 1, sp, systems=systems)
+    loss, norm = deviation(result, plain)
+    assert loss < 1e-5 and norm < 1e-5
+    assert result["unequal"] == 0

@@ -1,6 +1,7 @@
 """20 AdamW steps of the small model; rank 0 writes [loss, gradient norm] of each and the count of unequal replicas.
 
-train_worker.py OUT.json TP ZERO SP(0|1) FAULT(none|norms|attributes) REFERENCE(0|1)
+train_worker.py OUT.json TP ZERO SP(0|1) FAULT(none|norms|attributes) REFERENCE(0|1) [SYSTEM …]
+SYSTEM: mixers of the layers, instead of BASED's.
 REFERENCE runs plain PyTorch: no DeepSpeed, one process.
 """
 
@@ -18,9 +19,15 @@ from megatron.core import parallel_state
 from based_mp.parallel import state
 from tests.models import tiny_config
 
-out, tp, zero, sp, fault, reference = sys.argv[1:]
+out, tp, zero, sp, fault, reference, *systems = sys.argv[1:]
+layers = {} if not systems else {
+    "num_layers": len(systems), "linear_attention_layers": [], "sliding_attention_layers": [],
+    "mixer_layers": {kind: [i] for i, kind in enumerate(systems)}, "gla": {"num_heads": 2, "gate_rank": 4},
+    "rwkv": {"head_dim": 16}, "mamba": {"d_state": 4}, "h3": {"d_state": 8},
+    # With the usual 14, sines of sines of sines turn rounding noise into another run within two steps.
+    "hyena": {"sine_frequency": 1.0}}
 config = tiny_config(parallel={"tensor_parallel_size": int(tp), "zero_stage": int(zero),
-                               "sequence_parallel": sp == "1"})
+                               "sequence_parallel": sp == "1"}, model=layers)
 ranks = state.initialize(int(tp), device="cpu", seed=7)
 
 from based_mp.model import based_model, gated_conv, norms  # noqa: E402
