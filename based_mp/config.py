@@ -364,11 +364,11 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
+class NumberLoader(yaml.SafeLoader):
     """YAML 1.1 reads 8e-4 as a string; here it is a number."""
 
 
-_Loader.add_implicit_resolver(
+NumberLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?)$"),
     list("-+0123456789."))
@@ -377,7 +377,7 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -389,7 +389,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(_ints_to_floats(tree, Config))
     except ValidationError as error:
-        raise UserError(f"{path}: {_one_sentence(error)}") from error
+        raise UserError(f"{path}: {one_sentence(error)}") from error
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -397,7 +397,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not equals or not key:
         raise UserError(f"override {item!r} must have the form section.key=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, NumberLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {item!r}: the value is not valid YAML") from error
     *parents, last = key.split(".")
@@ -439,7 +439,8 @@ def _plain(annotation: Any) -> Any:
     return _plain(arguments[0])
 
 
-def _one_sentence(error: ValidationError) -> str:
+def one_sentence(error: ValidationError) -> str:
+    """The first mistake, named by its key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
