@@ -276,6 +276,9 @@ class ValidationConfig(Section):
 
     interval: NonNegative = Field(1000, description="steps between validations; 0: never")
     batches: Positive = Field(10, description="global batches a corpus and validation")
+    recall_slices: bool = Field(
+        False, description="perplexity of AR hits (bigrams seen before in the context and rare in training) and others")
+    rare_below: Positive = Field(1250, description="a bigram is rare when it is fewer times in the training corpora")
 
 
 class LoggingConfig(Section):
