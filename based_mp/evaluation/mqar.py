@@ -18,8 +18,8 @@ from torch import Tensor
 
 from based_mp.config import Config, ModelConfig
 from based_mp.errors import UserError
-from based_mp.inference.state import map_states
-from based_mp.model.based_model import build_model, extend, init_states
+from based_mp.evaluation.speed import state_bytes
+from based_mp.model.based_model import build_model
 from based_mp.training.engine import parameter_groups
 
 
@@ -154,16 +154,6 @@ def accuracy(model: torch.nn.Module, recipe: Recipe, length: int, pairs: int, de
         logits, targets = _answers(model, rows, device)
         right += (logits.argmax(-1) == targets).float().mean()
     return (right / batches).item()
-
-
-def state_bytes(model: torch.nn.Module, length: int) -> int:
-    """Bytes of one sequence's generation state after `length` tokens, as it lies in memory (counters left out)."""
-    states = init_states(model, 1)
-    device = model.embedding.word_embeddings.weight.device
-    extend(model, torch.zeros(1, length, dtype=torch.int64, device=device), states, last_only=True)
-    sizes: list[int] = []
-    map_states(lambda t: sizes.append(t.numel() * t.element_size() if t.is_floating_point() else 0) or t, states)
-    return sum(sizes)
 
 
 class _Optimizer:
