@@ -32,7 +32,7 @@ class Mixer(MegatronModule):
         # With SwiGLU's trick of stride 2, each rank's slice is [first half | second half].
         self.linear_in = ColumnParallelLinear(
             config.hidden_size, width, config=config, init_method=config.init_method, bias=in_bias,
-            gather_output=False, stride=in_stride, tp_group=tp_group)
+            gather_output=False, stride=in_stride, skip_bias_add=True, tp_group=tp_group)
         self.linear_out = RowParallelLinear(
             out_width, config.hidden_size, config=config, init_method=config.output_layer_init_method, bias=False,
             input_is_parallel=True, skip_bias_add=True, tp_group=tp_group)

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from based_mp.model.mixer import Mixer
-from based_mp.ops.window_attention import causal_attention, rope
+from based_mp.ops.window_attention import causal_attention, rope, rotary_attention
 
 
 @dataclass
@@ -47,10 +47,7 @@ class SoftmaxAttention(Mixer):
         return rope(q, positions, **self.rotary), rope(k, positions, **self.rotary), v
 
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        # Attention depends on distances alone, so a packed document may keep its position in the pack.
-        positions = torch.arange(x.shape[0], device=x.device)[None]
-        q, k, v = self._split(x, positions)
-        return causal_attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens).transpose(0, 1).flatten(2)
+        return rotary_attention(x, self.heads, window=self.window, cu_seqlens=cu_seqlens, **self.rotary)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
         empty = torch.zeros(batch, 0, self.heads, self.head_dim, device=device, dtype=dtype)

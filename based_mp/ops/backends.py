@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 from types import ModuleType
 
@@ -21,6 +23,9 @@ def _load_extension() -> ModuleType | None:
         return None
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None          # comes with CUDA builds of torch
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"       # Triton's kernels run on the CPU, for tests
+
 _EXTENSION = _load_extension()         # once, when imported: torch.compile cannot trace an import
 
 
@@ -30,8 +35,8 @@ def extension() -> ModuleType | None:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"Taylor linear attention runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
+def _warn_once(reason: str, op: str = "Taylor linear attention") -> None:
+    warnings.warn(f"{op} runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
 
 
 @functools.cache
@@ -50,7 +55,11 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> str | Non
         return "decay has no kernel yet"
     if q.shape[0] * q.shape[1] * q.shape[2] == 0:
         return "the input is empty"
-    if _capability(q.device.index or 0)[0] != 9:
+    return _unbuilt(q)
+
+
+def _unbuilt(x: Tensor) -> str | None:
+    if _capability(x.device.index or 0)[0] != 9:
         return "the kernels are built for Hopper (compute capability 9.0)"
     if extension() is None:
         return "based_mp._C was not built (BASED_MP_CUDA=1 pip install --no-build-isolation -e .)"
@@ -66,3 +75,25 @@ def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = No
         return "cuda"
     _warn_once(reason)
     return "torch"
+
+
+def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
+    """"cuda" where the gated convolution's kernels can run these inputs, else "torch", with one warning on a GPU."""
+    if not x.is_cuda:
+        return "torch"
+    reason = None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
+        reason = f"inputs are {x.dtype} and {weight.dtype}; the kernels take bf16, fp16 or fp32"
+    elif weight.shape[1] != 3 or weight.shape[0] % 8 or x.numel() == 0:
+        reason = f"the weight is {tuple(weight.shape)}; the kernels take width 3 and a multiple of 8 channels"
+    elif carry is not None and carry.requires_grad and torch.is_grad_enabled():
+        reason = "the carry's gradient has no kernel"
+    reason = reason or _unbuilt(x)
+    if reason:
+        _warn_once(reason, "The gated convolution")
+    return "torch" if reason else "cuda"
+
+
+def fused_backend(x: Tensor) -> str:
+    """"triton" for the element-wise ops of `based_mp.ops.fused` on a GPU with Triton, else "torch"."""
+    return "triton" if (x.is_cuda or TRITON_INTERPRETED) and HAS_TRITON and x.dtype != torch.float64 else "torch"
