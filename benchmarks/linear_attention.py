@@ -3,7 +3,8 @@
 A correctness gate comes first, and the error of every system against float64 is recorded beside its time.
 
 python benchmarks/linear_attention.py [--json FILE]. Times are medians of CUDA-graph replays over rotating inputs, so
-that the inputs do not stay in the L2 cache; microseconds. Backward is timed alone.
+that the inputs do not stay in the L2 cache; microseconds. Backward is timed alone (flash-linear-attention's through
+autograd, outside a graph).
 """
 
 from __future__ import annotations
@@ -31,24 +32,27 @@ GOALS = {(8, 16, 2048, 64): (56, 170), (4, 16, 2048, 112): (50, 150), (2, 16, 81
          (1, 16, 32768, 64): (112, 340), (1, 16, 2048, 64): (20, 50)}
 
 
-def median_us(calls: list[Callable[[], object]], repeats: int = 15) -> float:
-    """Median time of one call; `calls` work on different inputs and are captured together in one graph."""
+def elapsed_us(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def median_us(calls: list[Callable[[], object]], repeats: int = 15, captured: bool = True) -> float:
+    """Median time of one call; `calls` work on different inputs, in one graph where they can be captured."""
     for call in calls:
         call()
     torch.cuda.synchronize()
+    if not captured:
+        return statistics.median(elapsed_us(lambda: [call() for call in calls]) for _ in range(repeats)) / len(calls)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+    return statistics.median(elapsed_us(graph.replay) for _ in range(repeats)) / len(calls)
 
 
 def gate(d: int, peer: Callable[..., torch.Tensor] | None) -> dict[str, list[float]]:
@@ -87,7 +91,7 @@ def peer_times(op: Callable[..., torch.Tensor], b: int, h: int, n: int, d: int, 
     leaves = [[t.requires_grad_() for t in x[:3]] for x in sets]
     outputs = [op(*x) for x in leaves]
     backward = median_us([lambda x=x, y=y, g=g: torch.autograd.grad(y, x, g[3], retain_graph=True)
-                          for x, y, g in zip(leaves, outputs, sets, strict=True)], 5)
+                          for x, y, g in zip(leaves, outputs, sets, strict=True)], 5, captured=False)
     return forward, backward
 
 

@@ -63,8 +63,15 @@ __device__ __forceinline__ void stsm2(uint32_t at, uint32_t a, uint32_t b) {
 }
 
 // ---------------------------------------------------------------------------------------------------- barriers
-__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+// One arrival a warp, after everything its lanes did. Tools that look for races do not follow __syncwarp into another
+// lane's arrival: with EVERY_LANE_ARRIVES defined each lane arrives for itself.
+#ifdef EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void barrier_init(uint32_t bar, int warps) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(warps * kWarpArrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
     asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(bar) : "memory");
@@ -84,10 +91,9 @@ __device__ __forceinline__ bool barrier_test(uint32_t bar, int parity) {        
 __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
     while (!barrier_passed(bar, parity)) {}
 }
-// One arrival a warp, after everything its lanes did.
 __device__ __forceinline__ void warp_arrive(uint32_t bar) {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(bar);
+    if (kWarpArrivals == 32 || (threadIdx.x & 31) == 0) barrier_arrive(bar);
 }
 
 // Until the kernel before this one in the stream is done, its results visible; the next one may start its first steps now.
