@@ -1,4 +1,4 @@
-"""Checks of the fused ops against float64 on any device; run by tests/cpu/test_fused.py and tests/gpu/test_fused_cuda.py.
+"""Checks of the fused ops against float64 on any device, for tests/cpu/test_fused.py and tests/gpu/test_fused_cuda.py.
 
 python -m tests.fused_checks OP  (on the CPU, with TRITON_INTERPRET=1)
 """
