@@ -76,14 +76,17 @@ def main() -> None:
                 error = ((o[:1] - expected).norm() / expected.norm()).item()
                 if not error < 5e-3:
                     raise SystemExit(f"wrong result (relative error {error}), nothing timed")
+                inputs = (q, k, v)
                 with torch.no_grad():
-                    forward = microseconds(lambda way=way: way(q, k, v))
-                backward = microseconds(lambda o=o: torch.autograd.grad(o, (q, k, v), grad, retain_graph=True))
+                    forward = microseconds(lambda way=way, x=inputs: way(*x))
+                backward = microseconds(
+                    lambda o=o, x=inputs, g=grad: torch.autograd.grad(o, x, g, retain_graph=True))
                 cells.append(f"{forward:.0f} / {backward:.0f}")
             bytes_ = b * s * h * d * 2
             flops = 4 * d * b * h * (s * window - window * (window - 1) / 2)
             floors = [max(n * bytes_ / 3e6, f * flops / rate / 1e6) for n, f in ((4, 1), (8, 2.5))]
-            print(f"| {b},{s},{h},{d} | {window} | {floors[0]:.0f} / {floors[1]:.0f} | {' | '.join(cells)} |", flush=True)
+            print(f"| {b},{s},{h},{d} | {window} | {floors[0]:.0f} / {floors[1]:.0f} | {' | '.join(cells)} |",
+                  flush=True)
 
 
 if __name__ == "__main__":
