@@ -26,6 +26,8 @@ class ConvState:
 class GatedConv(Mixer):
     """u1, u2 = linear_in(x) (2·d_model each, bias); y = linear_out(silu(conv(u1)) ∘ u2) + bias."""
 
+    cheap = True
+
     def __init__(self, config: TransformerConfig, submodules: None = None, *, kernel: int = 3, **kwargs: Any) -> None:
         channels = 2 * config.hidden_size
         super().__init__(config, submodules, width=2 * channels, out_width=channels, in_bias=True, in_stride=2,

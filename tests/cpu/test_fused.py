@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import REPO
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA builds of torch")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (it comes with CUDA torch)")
 @pytest.mark.parametrize("op", ["norm", "swiglu", "cross_entropy", "rope"])
 def test_kernels_in_the_interpreter(op):
     result = subprocess.run([sys.executable, "-m", "tests.fused_checks", op], cwd=REPO, capture_output=True, text=True,

@@ -28,20 +28,10 @@ def norm_forward(x, delta, bias, weight, h, y, rstd, width, eps,
 
 
 @triton.jit
-def norm_again(h, weight, rstd, y, width, BLOCK: tl.constexpr):
-    """y once more, from what the backward pass keeps."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    value = tl.load(h + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * width + column, (value * tl.load(rstd + row) * w).to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def norm_backward(dy, dh, h, weight, rstd, dx, ddelta, dweight, dbias, rows, width,
-                  ROWS_EACH: tl.constexpr, HAS_DH: tl.constexpr, TWO_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """ROWS_EACH rows: dx = dh + rstd (w dy − ĥ mean(w dy ĥ)), ĥ = h rstd; and this program's sums for weight, bias."""
+                  ROWS_EACH: tl.constexpr, HAS_DH: tl.constexpr, TWO_TYPES: tl.constexpr,
+                  HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS_EACH rows: dx = dh + rstd (w dy − n mean(w dy n)), n = h rstd; and their sums for weight and bias."""
     first = tl.program_id(0).to(tl.int64) * ROWS_EACH
     column = tl.arange(0, BLOCK)
     inside = column < width

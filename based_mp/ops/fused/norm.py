@@ -8,7 +8,7 @@ from torch import Tensor
 
 from based_mp.ops import backends
 
-PROGRAMS = 1056                # of the backward pass (8 for each of 132 multiprocessors): parts of the weight's gradient
+PROGRAMS = 1056      # of the backward pass, 8 for each multiprocessor of an H100: parts of the weight's gradient
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, bias: Tensor | None = None,
