@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +12,7 @@ from torch import Tensor
 
 from based_mp.model.mixer import Mixer
 from based_mp.model.norms import replicated
-from based_mp.ops.gated_conv import conv_carry, gated_conv
-
-
-@dataclass
-class ConvState:
-    """carry: the last kernel − 1 inputs of the convolution, [batch, kernel − 1, channels of this rank]."""
-
-    carry: Tensor
+from based_mp.ops.gated_conv import gated_conv
 
 
 class GatedConv(Mixer):
@@ -52,12 +44,3 @@ class GatedConv(Mixer):
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         u1, u2 = x.chunk(2, -1)
         return gated_conv(u1, u2, self.conv_weight, cu_seqlens=cu_seqlens)
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> ConvState:
-        return ConvState(torch.zeros(batch, self.kernel - 1, self.channels, device=device, dtype=dtype))
-
-    def extend_mix(self, x: Tensor, state: ConvState, cu_seqlens: Tensor | None) -> Tensor:
-        u1, u2 = x.chunk(2, -1)
-        y = gated_conv(u1, u2, self.conv_weight, cu_seqlens=cu_seqlens, carry=state.carry)
-        state.carry = conv_carry(u1, self.kernel, cu_seqlens=cu_seqlens, carry=state.carry)
-        return y
