@@ -167,7 +167,8 @@ class Engine:
         while left:
             pieces, budget, rest = [], self.prefill_tokens, []
             for i, prompt, seen in left:
-                now = prompt[:budget]
+                cut = len(prompt) > self.prefill_tokens            # others run whole, in a later pass if need be
+                now = prompt[:budget] if cut or len(prompt) <= budget else []
                 budget -= len(now)
                 if now:
                     pieces.append((i, now, seen))

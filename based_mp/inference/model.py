@@ -7,7 +7,6 @@ layers are: column-parallel into a mixer or MLP, row-parallel and a sum over the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from megatron.core import parallel_state
@@ -48,25 +47,20 @@ class Pack:
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         self.bounds = bounds.to(device, torch.int32)
         self.last = (bounds[1:] - 1).to(device)                       # last token of every piece
-        first = torch.tensor(starts) - bounds[:-1]
-        self.document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-        self.positions = (first.to(device)[self.document] + torch.arange(int(bounds[-1]), device=device)).int()
-        self.rotation = ops.rotations(self.positions, frequency)
+        self._ends = torch.tensor(starts) + torch.tensor(lengths)
+        self._document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        self._positions = (torch.tensor(starts) - bounds[:-1])[self._document] + torch.arange(int(bounds[-1]))
+        self.ends = self._ends.to(device, torch.int32)                # tokens every slot has seen after the pack
+        self.rotation = ops.rotations(self._positions.to(device), frequency)
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """Tokens every slot has seen after the pack, int64 [pieces]."""
-        return torch.tensor([s + n for s, n in zip(self.starts, self.lengths, strict=True)], device=self.slots.device)
 
     def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens that a ring of `capacity` still holds at the end, their slots, their places in the ring)."""
-        if capacity not in self._kept:
-            left = self.ends[self.document] - self.positions
-            tokens = torch.arange(left.shape[0], device=left.device)
-            if max(self.lengths) > capacity:
-                tokens = tokens[left <= capacity]
-            self._kept[capacity] = tokens, self.slots[self.document[tokens]], self.positions[tokens].long() % capacity
+        if capacity not in self._kept:                                # on the host: its size must not be waited for
+            tokens = (self._ends[self._document] - self._positions <= capacity).nonzero()[:, 0]
+            slots = torch.tensor(self.slot_list)[self._document[tokens]]
+            kept = (tokens, slots, self._positions[tokens] % capacity)
+            self._kept[capacity] = tuple(t.to(self.slots.device) for t in kept)
         return self._kept[capacity]
 
 
@@ -234,7 +228,7 @@ class InferenceModel:
         residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
         logits = self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.prefill(x, pack, **state),
                            None if every else pack.last)
-        pool.positions[pack.slots] = pack.ends.int()
+        pool.positions[pack.slots] = pack.ends
         return logits
 
     @property
