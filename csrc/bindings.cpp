@@ -6,8 +6,10 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "decode.h"
 #include "gated_conv_args.h"
 #include "taylor_args.h"
 
@@ -59,9 +61,30 @@ void gated_conv(bool backward, const std::array<int64_t, 12>& p, const std::arra
     if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching the gated convolution");
 }
 
+// A launcher of decode.h as a Python function: pointers are passed as integers.
+template <typename T> using Passed = std::conditional_t<std::is_pointer_v<T>, int64_t, T>;
+template <typename T> T received(Passed<T> x) {
+    if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(x); else return x;
+}
+template <typename... A> void define(pybind11::module_& m, const char* name, int (*launcher)(A...)) {
+    m.def(name, [=](Passed<A>... arguments) {
+        const int code = launcher(received<A>(arguments)...);
+        if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching " + name);
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.def("launch", &launch);
     m.def("gated_conv", &gated_conv);
+    define(m, "decode_embed", decode_embed);
+    define(m, "decode_add_norm", decode_add_norm);
+    define(m, "decode_swiglu", decode_swiglu);
+    define(m, "decode_linear", decode_linear);
+    define(m, "decode_conv", decode_conv);
+    define(m, "decode_taylor", decode_taylor);
+    define(m, "decode_attention", decode_attention);
+    define(m, "prefill_rope", prefill_rope);
+    define(m, "decode_sample", decode_sample);
 }

@@ -90,32 +90,3 @@ def forward_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean loss over the tokens that `loss_mask` keeps; a scalar."""
     losses, mask = token_losses(model, batch), batch["loss_mask"]
     return (losses * mask).sum() / mask.sum().clamp(min=1)
-
-
-def init_states(model: GPTModel, batch: int) -> list[Any]:
-    """An empty generation state for `batch` sequences: one entry a layer."""
-    weight = model.embedding.word_embeddings.weight
-    return [layer.self_attention.init_state(batch, weight.device, weight.dtype) for layer in model.decoder.layers]
-
-
-@torch.no_grad()
-def extend(model: GPTModel, tokens: Tensor, states: list[Any], cu_seqlens: Tensor | None = None, *,
-           last_only: bool = False) -> Tensor:
-    """Logits of the next tokens of every sequence; `states` advances in place. Without sequence parallelism.
-
-    tokens: int64 [b, s]; or with cu_seqlens int32 [sequences + 1], [1, total] of sequences laid end to end.
-    Returns [b, s, padded_vocab / tp]; with last_only, of each sequence's last token: [sequences, padded_vocab / tp].
-    """
-    if model.config.sequence_parallel:
-        raise ValueError("generation runs without sequence parallelism: build the model with sequence_parallel=False")
-    positions = torch.zeros_like(tokens)
-    hidden = model.embedding(input_ids=tokens, position_ids=positions)                 # [s, b, d_model]
-    for layer, state in zip(model.decoder.layers, states, strict=True):
-        hidden = hidden + layer.self_attention.extend(layer.input_layernorm(hidden), state, cu_seqlens)
-        hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
-    if last_only:
-        hidden = hidden[-1:] if cu_seqlens is None else hidden[cu_seqlens[1:].long() - 1, 0][None]
-    hidden = model.decoder.final_layernorm(hidden)
-    head = model.embedding.word_embeddings.weight if model.share_embeddings_and_output_weights else None
-    logits, _ = model.output_layer(hidden, weight=head)
-    return logits[0] if last_only else logits.transpose(0, 1)

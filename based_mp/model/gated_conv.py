@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,6 @@ from torch import Tensor
 from based_mp.model.mixer import Mixer
 from based_mp.model.norms import replicated
 from based_mp.ops.gated_conv import gated_conv
-
-
-@dataclass
-class ConvState:
-    """carry: the last kernel − 1 inputs of the convolution, [batch, kernel − 1, channels of this rank]."""
-
-    carry: Tensor
 
 
 class GatedConv(Mixer):
@@ -53,11 +45,3 @@ class GatedConv(Mixer):
 
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return gated_conv(x, self.conv_weight, self.linear_in.bias, cu_seqlens=cu_seqlens)
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> ConvState:
-        return ConvState(torch.zeros(batch, self.kernel - 1, self.channels, device=device, dtype=dtype))
-
-    def extend_mix(self, x: Tensor, state: ConvState, cu_seqlens: Tensor | None) -> Tensor:
-        y, state.carry = gated_conv(x, self.conv_weight, self.linear_in.bias, cu_seqlens=cu_seqlens,
-                                    carry=state.carry, return_carry=True)
-        return y

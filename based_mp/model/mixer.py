@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -18,8 +17,8 @@ class Mixer(MegatronModule):
     """Base of the mixers: `linear_in` (column parallel) → `mix` → `linear_out` (row parallel).
 
     A subclass gives the width of `linear_in` and implements
-    `mix(x [s, b, width / tp], cu_seqlens) -> [s, b, out_width / tp]` for training, and
-    `init_state` / `extend_mix` for generation. `cheap` mixing is done again under selective recomputation.
+    `mix(x [s, b, width / tp], cu_seqlens) -> [s, b, out_width / tp]`. `cheap` mixing is done again under selective
+    recomputation.
     """
 
     cheap = False
@@ -57,24 +56,7 @@ class Mixer(MegatronModule):
         """Added to the output by the transformer layer."""
         return None
 
-    def extend(self, hidden_states: Tensor, state: Any, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The next tokens of every sequence; `state` (from `init_state`) is advanced in place.
-
-        hidden_states [s, b, d_model]: one token (decode) or several (prefill) of b sequences; or, with cu_seqlens
-        int32 [sequences + 1] and b = 1, sequences of different lengths laid end to end.
-        """
-        x, _ = self.linear_in(hidden_states)
-        out, _ = self.linear_out(self.extend_mix(x, state, cu_seqlens))
-        bias = self.output_bias()
-        return out if bias is None else out + bias
-
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def extend_mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         raise NotImplementedError
 
     def _mix_packed(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

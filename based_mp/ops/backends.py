@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from based_mp.config import ModelConfig
+
 HEAD_DIMS = (64, 80, 96, 112, 128)
 FEATURE_DIMS = (8, 16)
 
@@ -37,8 +39,8 @@ def extension() -> ModuleType | None:
 
 
 @functools.cache
-def _warn_once(reason: str, op: str = "Taylor linear attention") -> None:
-    warnings.warn(f"{op} runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
+def _warn_once(what: str, reason: str) -> None:
+    warnings.warn(f"{what} runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
 
 
 @functools.cache
@@ -57,11 +59,11 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> str | Non
         return "decay has no kernel yet"
     if q.shape[0] * q.shape[1] * q.shape[2] == 0:
         return "the input is empty"
-    return _unbuilt(q)
+    return _unusable(q.device)
 
 
-def _unbuilt(x: Tensor) -> str | None:
-    if _capability(x.device.index or 0)[0] != 9:
+def _unusable(device: torch.device) -> str | None:
+    if _capability(device.index or 0)[0] != 9:
         return "the kernels are built for Hopper (compute capability 9.0)"
     if extension() is None:
         return "based_mp._C was not built (BASED_MP_CUDA=1 pip install --no-build-isolation -e .)"
@@ -75,7 +77,7 @@ def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = No
     reason = _refusal(q, k, v, decay)
     if reason is None:
         return "cuda"
-    _warn_once(reason)
+    _warn_once("Taylor linear attention", reason)
     return "torch"
 
 
@@ -90,9 +92,9 @@ def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
         reason = f"the weight is {tuple(weight.shape)}; the kernels take width 3 and a multiple of 8 channels"
     elif carry is not None and carry.requires_grad and torch.is_grad_enabled():
         reason = "the carry's gradient has no kernel"
-    reason = reason or _unbuilt(x)
+    reason = reason or _unusable(x.device)
     if reason:
-        _warn_once(reason, "The gated convolution")
+        _warn_once("The gated convolution", reason)
     return "torch" if reason else "cuda"
 
 
@@ -100,3 +102,30 @@ def fused_backend(x: Tensor) -> str:
     """"triton" for the element-wise ops of `based_mp.ops.fused` on a GPU with Triton, else "torch"."""
     usable = (x.is_cuda or TRITON_INTERPRETED) and HAS_TRITON and x.dtype != torch.float64
     return "triton" if usable and not _TORCH_ONLY else "torch"
+
+
+def _decode_refusal(weight: Tensor, model: ModelConfig, tp_size: int) -> str | None:
+    if weight.dtype != torch.bfloat16:
+        return f"the weights are {weight.dtype}; the kernels take bf16"
+    widths = {"d_model": model.d_model // tp_size, "ffn_hidden_size": model.ffn_size // tp_size,
+              "padded vocabulary": model.padded_vocab_size // tp_size}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 8]
+    if odd:
+        return f"{odd[0]} (of a rank) is not a multiple of 8"
+    if model.d_model > 8192 or model.vocab_size > 110_000:
+        return "d_model is above 8192 or the vocabulary above 110,000"
+    if model.linear_attention_layers and (model.feature_dim not in FEATURE_DIMS or model.head_dim not in HEAD_DIMS):
+        return f"feature_dim {model.feature_dim} or head_dim {model.head_dim} is not one of {FEATURE_DIMS}, {HEAD_DIMS}"
+    if model.head_dim > 128 or model.conv_kernel > 4:
+        return "head_dim is above 128 or conv_kernel above 4"
+    return _unusable(weight.device)
+
+
+def decode_ops(weight: Tensor, model: ModelConfig, tp_size: int) -> ModuleType:
+    """`decode_cuda` where the generation kernels can run this model, else `decode_torch`; on a GPU, a warning why."""
+    reason = "no GPU"
+    if weight.is_cuda:
+        reason = _decode_refusal(weight, model, tp_size)
+        if reason is not None:
+            _warn_once("Generation", reason)
+    return importlib.import_module("based_mp.ops.decode_cuda" if reason is None else "based_mp.ops.decode_torch")

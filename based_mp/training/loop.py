@@ -182,11 +182,12 @@ class Trainer:
     def _sample(self) -> None:
         """Text from the model as it stands."""
         from based_mp.inference.generate import Generator, open_tokenizer
+        from based_mp.inference.model import InferenceModel
         config = self.config
         if config.parallel.zero_stage == 3 or config.parallel.sequence_parallel:
             return
         self.engine.eval()
-        generator = Generator(self.engine.module, open_tokenizer(config.data.tokenizer), config.model.vocab_size)
+        generator = Generator(InferenceModel(self.engine.module, config.model), open_tokenizer(config.data.tokenizer))
         text = generator.generate([config.logging.sample_prompt], max_new_tokens=config.logging.sample_tokens,
                                   temperature=0.8, top_p=0.95, seed=self.step)[0].text
         self.engine.train()
