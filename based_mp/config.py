@@ -172,6 +172,11 @@ class ModelConfig(Section):
         if self.hyena.filter_embedding % 2 == 0:
             raise ValueError(f"model.hyena.filter_embedding={self.hyena.filter_embedding} must be odd")
 
+    @property
+    def keeps_every_token(self) -> bool:
+        """Whether the generation state grows with the text."""
+        return "softmax_attention" in self.mixers or "hyena" in self.mixers
+
     def split_sizes(self) -> dict[str, int]:
         """What tensor parallelism must divide, by the keys that set it."""
         sizes = {"num_heads": self.num_heads, "ffn_hidden_size": self.ffn_size, "d_model": self.d_model,
@@ -252,7 +257,8 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (with fp32 master weights) or fp32")
     seed: int = Field(1234, description="of the initial weights")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations done again in backward: selective = MLPs and mixing, full = whole layers")
+        "none", description="activations done again in backward: selective = norms, SwiGLU and convolutions, "
+                            "full = whole layers")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
 
 

@@ -82,10 +82,11 @@ def measure(a: argparse.Namespace, ranks: Any) -> dict[str, Any]:
         record |= found
     if a.speed:
         from based_mp.evaluation.speed import generation_speed
+        from based_mp.inference.model import InferenceModel
         if not re.fullmatch(r"\d+x\d+x\d+", a.speed):
             raise UserError(f"--speed {a.speed} must be three numbers such as 16x1024x128")
         batch, prompt, new = map(int, a.speed.split("x"))
-        record["speed"] = generation_speed(model, config, batch=batch, prompt=prompt, new=new)
+        record["speed"] = generation_speed(InferenceModel(model, config.model), batch=batch, prompt=prompt, new=new)
     return record
 
 

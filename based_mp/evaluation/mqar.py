@@ -19,6 +19,7 @@ from torch import Tensor
 from based_mp.config import Config, ModelConfig
 from based_mp.errors import UserError
 from based_mp.evaluation.speed import state_bytes
+from based_mp.inference.model import InferenceModel
 from based_mp.model.based_model import build_model
 from based_mp.training.engine import parameter_groups
 
@@ -127,8 +128,9 @@ def train_mqar(model_config: ModelConfig, recipe: Recipe, device: torch.device,
             break
     progress(recipe.steps - step)
     model.eval()
+    inference = InferenceModel(model, model_config)
     return {"accuracy": {f"{n}x{p}": accuracy(model, recipe, n, p, device) for n, p in recipe.test},
-            "state_bytes": {str(n): state_bytes(model, n) for n in sorted({n for n, _ in recipe.test})},
+            "state_bytes": {str(n): state_bytes(inference, n) for n in sorted({n for n, _ in recipe.test})},
             "steps": step, "loss": loss.item(), "parameters": sum(p.numel() for p in model.parameters())}
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from torch import Tensor
 
 from based_mp.config import TokenizerConfig
 from based_mp.errors import UserError
+from based_mp.inference.engine import Engine, Sequence
 from based_mp.inference.load import full_state, load_state, read_config
-from based_mp.inference.sampling import next_tokens
-from based_mp.model.based_model import build_model, extend, init_states
+from based_mp.inference.model import InferenceModel
+from based_mp.inference.sampling import Sampling
+from based_mp.inference.state import SequenceState
+from based_mp.inference.text import TextStream
+from based_mp.model.based_model import build_model
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -23,11 +22,45 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 @dataclass
 class Completion:
-    """text and tokens: what was generated, without the prompt; finish_reason: "stop", "eod" or "length"."""
+    """What was generated, without the prompt. logprobs: of every token; finish_reason: "stop", "eod" or "length"."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Piece:
+    """Text that became final. completion: all of it, with the last piece of prompt number `index`."""
+
+    index: int
+    text: str
+    completion: Completion | None = None
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A sequence in an engine, and its text."""
+
+    sequence: Sequence
+    text: TextStream
+    taken: int = 0
+
+    def advance(self, engine: Engine) -> str:
+        """Take in the sequence's new tokens, ending it at a stop string. Returns the text that became final."""
+        new = self.sequence.tokens[self.taken :]
+        self.taken += len(new)
+        piece = self.text.add(new, last=self.sequence.finish_reason is not None)
+        if self.text.stopped:
+            engine.release(self.sequence, "stop")
+            self.sequence.finish_reason = "stop"
+        return piece
+
+    @property
+    def completion(self) -> Completion:
+        s = self.sequence
+        return Completion(self.text.text, list(s.tokens), s.finish_reason, list(s.logprobs))
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -37,18 +70,24 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 class Generator:
-    """Generates with a model that is already on its device."""
+    """Generates with a model that is already on its device. max_batch: prompts that run at once; others wait."""
 
-    def __init__(self, model: GPTModel, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, model: InferenceModel, tokenizer: Tokenizer, *, max_batch: int = 256,
+                 prefill_tokens: int = 65536, graphs: bool = True) -> None:
+        vocab_size = model.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: give the "
                             "tokenizer the model was trained with")
-        self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size
-        self.device = model.embedding.word_embeddings.weight.device
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self._options = {"prefill_tokens": prefill_tokens, "graphs": graphs}
+        self._engine: Engine | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, ranks: Ranks) -> Generator:
-        """A checkpoint folder (or a folder of them: its newest), at the tensor-parallel size of `ranks`."""
+    def from_checkpoint(cls, path: str | Path, ranks: Ranks, **options: int) -> Generator:
+        """A checkpoint folder (or a folder of them: its newest), at the tensor-parallel size of `ranks`.
+
+        options: as the constructor's. Raises UserError for a checkpoint that is damaged or has no tokenizer.
+        """
         checkpoint = ckpt.resolve(path)
         config = read_config(checkpoint)
         if config.data.tokenizer is None:
@@ -56,86 +95,89 @@ class Generator:
         parallel = config.parallel.model_copy(update={"tensor_parallel_size": ranks.tp_size})
         training = config.training.model_copy(update={"device": ranks.device.type})
         config = config.model_copy(update={"parallel": parallel, "training": training})
-        model = build_model(config).eval()
-        load_state(model, full_state(checkpoint, model), ranks.tp_rank, ranks.tp_size)
-        return cls(model, open_tokenizer(config.data.tokenizer), config.model.vocab_size)
-
-    @torch.no_grad()
-    def prefill(self, prompts: list[list[int]], *, chunk: int = 4096) -> tuple[Tensor, list[Any]]:
-        """Run prompts of different lengths as one pack, `chunk` tokens of each at a time.
-
-        Returns the logits after each prompt [batch, vocab_size] and the states. An empty prompt starts a document.
-        """
-        prompts = [prompt or [self.tokenizer.eod] for prompt in prompts]
-        states = init_states(self.model, len(prompts))
-        after: list[Tensor | None] = [None] * len(prompts)
-        for start in range(0, max(map(len, prompts)), chunk):
-            pieces = [prompt[start : start + chunk] for prompt in prompts]
-            bounds = torch.tensor([0, *map(len, pieces)]).cumsum(0).to(self.device, torch.int32)
-            tokens = torch.tensor([sum(pieces, [])], device=self.device)
-            logits = extend(self.model, tokens, states, bounds, last_only=True)
-            for row, piece in enumerate(pieces):
-                if piece:
-                    after[row] = logits[row]
-        return self._whole(torch.stack(after)), states
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, states: list[Any]) -> Tensor:
-        """One more token a row: int64 [batch] → logits [batch, vocab_size]; `states` advances in place."""
-        return self._whole(extend(self.model, tokens[:, None], states, last_only=True))
-
-    def _whole(self, logits: Tensor) -> Tensor:
-        """Logits over the tokenizer's vocabulary, the same on every tensor-parallel rank."""
-        return gather_from_tensor_model_parallel_region(logits)[:, : self.tokenizer.vocab_size]
+        module = build_model(config).eval()
+        load_state(module, full_state(checkpoint, module), ranks.tp_rank, ranks.tp_size)
+        return cls(InferenceModel(module, config.model), open_tokenizer(config.data.tokenizer), **options)
 
     def generate(self, prompts: list[str] | list[list[int]], *, max_new_tokens: int = 128, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int | list[int] = 0,
-                 stop: list[str] | None = None, prefill_chunk: int = 4096) -> list[Completion]:
+                 stop: list[str] | None = None, states: list[SequenceState] | None = None) -> list[Completion]:
         """Continue every prompt (text or token ids), greedily at temperature 0.
 
-        seed: of each prompt, or one from which prompt i takes seed + i. A completion ends at the end-of-document
-        token, before the first of the `stop` strings, or after max_new_tokens. Raises UserError for options out of
-        range.
+        seed: of each prompt, or one from which prompt i takes seed + i. states: what each prompt continues (prompts may
+        be empty then). A completion ends at the end-of-document token, before the first of the `stop` strings, or after
+        max_new_tokens. See `Sampling`. Raises UserError for options out of range.
         """
-        _check(prompts, max_new_tokens, temperature, top_k, top_p)
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        seeds = seed if isinstance(seed, list) else [seed + i for i in range(len(ids))]
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        logits, states = self.prefill(ids, chunk=prefill_chunk)
-        out = [Completion() for _ in ids]
-        for position in range(max_new_tokens):
-            tokens = next_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generators=generators)
-            for completion, token in zip(out, tokens.tolist(), strict=True):
-                self._take(completion, token, stop or [])
-            if all(c.finish_reason for c in out):
-                break
-            if position + 1 < max_new_tokens:
-                logits = self.decode(tokens, states)
-        for completion in out:
-            completion.finish_reason = completion.finish_reason or "length"
-        return out
+        engine, runs = self._begin(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, states)
+        by_sequence = {id(run.sequence): run for run in runs}
+        while not engine.idle:
+            for sequence in engine.step():
+                if stop or sequence.finish_reason is not None:
+                    by_sequence[id(sequence)].advance(engine)
+        return [run.completion for run in runs]
 
-    def _take(self, completion: Completion, token: int, stop: list[str]) -> None:
-        if completion.finish_reason:
-            return
-        if token == self.tokenizer.eod:
-            completion.finish_reason = "eod"
-            return
-        completion.tokens.append(token)
-        completion.text = self.tokenizer.decode(completion.tokens)
-        found = [at for s in stop if (at := completion.text.find(s)) >= 0]
-        if found:
-            completion.text, completion.finish_reason = completion.text[: min(found)], "stop"
+    def stream(self, prompts: list[str] | list[list[int]], *, max_new_tokens: int = 128, temperature: float = 0.0,
+               top_k: int | None = None, top_p: float | None = None, seed: int | list[int] = 0,
+               stop: list[str] | None = None, states: list[SequenceState] | None = None) -> Iterator[Piece]:
+        """As `generate`, a piece of text at a time, in the order in which they come. Leaving early ends the rest."""
+        engine, runs = self._begin(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, states)
+        numbers = {id(run.sequence): i for i, run in enumerate(runs)}
+        try:
+            while not engine.idle:
+                for sequence in engine.step():
+                    i = numbers[id(sequence)]
+                    text = runs[i].advance(engine)
+                    if sequence.finish_reason is not None:
+                        yield Piece(i, text, runs[i].completion)
+                    elif text:
+                        yield Piece(i, text)
+        finally:
+            for run in runs:
+                engine.release(run.sequence, "cancelled")
 
+    def state(self, prompt: str | list[int], state: SequenceState | None = None) -> SequenceState:
+        """The state after a prompt, or after `state` and then the prompt; `generate(…, states=[…])` continues it."""
+        return self._engine_for(1, self._length([self.encode(prompt)], [state], 0)).state_of(self.encode(prompt), state)
 
-def _check(prompts: list, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not prompts:
-        raise UserError("no prompt: give at least one")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: give 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}: give at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: give a number above 0 and up to 1")
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt. Raises UserError for ids the model does not have."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if any(not 0 <= token < self.model.config.vocab_size for token in ids):
+            raise UserError(f"the prompt has a token id outside 0 … {self.model.config.vocab_size - 1}")
+        return ids
+
+    def _begin(self, prompts: list[str] | list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None,
+               top_p: float | None, seed: int | list[int], stop: list[str] | None,
+               states: list[SequenceState] | None) -> tuple[Engine, list[Continuation]]:
+        if not prompts:
+            raise UserError("no prompt: give at least one")
+        seeds = seed if isinstance(seed, list) else [seed + i for i in range(len(prompts))]
+        given = states or [None] * len(prompts)
+        if not len(seeds) == len(given) == len(prompts):
+            raise UserError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(given)} states: give as many of each")
+        ids = [self.encode(prompt) for prompt in prompts]
+        sequences = [Sequence(i, Sampling(max_new_tokens, temperature, top_k, top_p, s), state)
+                     for i, s, state in zip(ids, seeds, given, strict=True)]
+        engine = self._engine_for(len(prompts), self._length(ids, given, max_new_tokens))
+        for sequence in sequences:
+            engine.submit(sequence)
+        return engine, [Continuation(s, TextStream(self.tokenizer, s.prompt, stop or [])) for s in sequences]
+
+    @staticmethod
+    def _length(ids: list[list[int]], states: list[SequenceState | None], new: int) -> int:
+        seen = [state.position if state else 0 for state in states]
+        return max(n + max(1, len(i)) for n, i in zip(seen, ids, strict=True)) + new
+
+    def _engine_for(self, sequences: int, length: int) -> Engine:
+        """An engine with room; the last one where it has it. Room grows in powers of two."""
+        slots = min(self.max_batch, 1 << (sequences - 1).bit_length())
+        full = self.model.config.keeps_every_token
+        engine = self._engine
+        if engine is None or engine.pool.slots < slots or (full and engine.pool.length < length):
+            if engine is not None and not engine.idle:
+                raise UserError("this generator is streaming: finish or close the stream, or use another generator")
+            slots = max(slots, engine.pool.slots if engine else 0)
+            self._engine = engine = None               # its memory is free before the new one takes some
+            self._engine = Engine(self.model, self.tokenizer.eod, slots=slots, length=1 << (length - 1).bit_length(),
+                                  **self._options)
+        return self._engine

@@ -1,42 +1,93 @@
-"""Generation states as values: copied, cut, saved and read again. One prompt's state serves many continuations."""
+"""Generation states: a pool of slots that the model works in, and states of single sequences as values."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from based_mp.errors import UserError
 
-def map_states(function: Callable[[Tensor], Tensor], states: list[Any]) -> list[Any]:
-    """New states with `function` applied to every tensor; the first dimension of each is the batch."""
-    out = []
-    for state in states:
-        if dataclasses.is_dataclass(state):
-            fields = {f.name: function(getattr(state, f.name)) for f in dataclasses.fields(state)}
-            out.append(type(state)(**fields))
-        else:
-            out.append(type(state)(*(function(tensor) for tensor in state)))
-    return out
+RINGS = ("keys", "values")
 
 
-def clone(states: list[Any]) -> list[Any]:
-    """A copy that can be advanced on its own."""
-    return map_states(torch.clone, states)
+@dataclass
+class SequenceState:
+    """Everything generation needs of the tokens seen so far: it can be kept, saved, and continued any number of times.
+
+    layers: of every layer its tensors, without a slot dimension; position: tokens seen; logits: fp32 or bf16
+    [padded vocab] after the last of them. With tensor parallelism, of this rank.
+    """
+
+    layers: list[dict[str, Tensor]]
+    position: int
+    logits: Tensor
+
+    def save(self, path: str | Path) -> None:
+        """Write to a file; with tensor parallelism every rank to one of its own."""
+        layers = [{name: t.cpu() for name, t in layer.items()} for layer in self.layers]
+        torch.save({"layers": layers, "position": self.position, "logits": self.logits.cpu()}, path)
+
+    @staticmethod
+    def load(path: str | Path) -> SequenceState:
+        """A state written by `save`. Raises UserError where the file is something else."""
+        try:
+            return SequenceState(**torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} is not a saved generation state: {' '.join(str(error).split())[:100]}") from error
 
 
-def select(states: list[Any], rows: list[int]) -> list[Any]:
-    """The states of these sequences, in this order; a row may be taken several times (forked)."""
-    return map_states(lambda tensor: tensor[rows].clone(), states)
+class StatePool:
+    """Buffers whose first dimension is the slot; their addresses never change, so CUDA graphs can hold them.
 
+    buffers: of every layer its tensors (see the mixers' `buffers`). A slot also has the token that comes next, the
+    number of tokens it has seen, and how its tokens are sampled.
+    """
 
-def save(states: list[Any], path: str | Path) -> None:
-    torch.save(map_states(lambda tensor: tensor.cpu(), states), path)
+    def __init__(self, buffers: list[dict[str, Tensor]], slots: int, length: int, vocab_size: int,
+                 device: torch.device) -> None:
+        self.buffers, self.slots, self.length, self.vocab_size = buffers, slots, length, vocab_size
+        self.tokens, self.positions, self.top_k = (torch.zeros(slots, dtype=torch.int32, device=device)
+                                                   for _ in range(3))
+        self.temperature, self.top_p = torch.zeros(slots, device=device), torch.ones(slots, device=device)
+        self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
 
+    def reset(self, slots: list[int]) -> None:
+        """Make these slots empty. Rings need nothing: positions say what of them is valid."""
+        index = torch.tensor(slots, device=self.positions.device)
+        self.positions[index] = 0
+        for layer in self.buffers:
+            for name, buffer in layer.items():
+                if name not in RINGS:
+                    buffer[index] = 0
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> list[Any]:
-    """States written by `save`; only from files you trust."""
-    return map_states(lambda tensor: tensor.to(device), torch.load(path, weights_only=False))
+    def set_sampling(self, slots: list[int], temperature: list[float], top_k: list[int], top_p: list[float],
+                     seeds: list[int]) -> None:
+        index = torch.tensor(slots, device=self.positions.device)
+        for buffer, values in ((self.temperature, temperature), (self.top_k, top_k), (self.top_p, top_p),
+                               (self.seeds, seeds)):
+            buffer[index] = torch.tensor(values, dtype=buffer.dtype, device=buffer.device)
+
+    def read(self, slot: int, position: int, logits: Tensor) -> SequenceState:
+        """The state of a slot that has seen `position` tokens, copied."""
+        def copy(name: str, buffer: Tensor) -> Tensor:
+            return (buffer[slot, :, :position] if name in RINGS else buffer[slot]).clone()
+        return SequenceState([{name: copy(name, buffer) for name, buffer in layer.items()} for layer in self.buffers],
+                             position, logits.clone())
+
+    def write(self, slot: int, state: SequenceState) -> None:
+        """Put a state into a slot. Raises UserError for a state of another model."""
+        self.positions[slot] = state.position
+        try:
+            for layer, own in zip(self.buffers, state.layers, strict=True):
+                for name, buffer in layer.items():
+                    if name in RINGS:
+                        buffer[slot, :, : own[name].shape[1]] = own[name]
+                    else:
+                        buffer[slot] = own[name]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError("this generation state is of another model: make it with the model that continues it") \
+                from error

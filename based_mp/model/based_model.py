@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from based_mp.config import Config
 from based_mp.model.layer_specs import block_spec
+from based_mp.ops.fused.cross_entropy import cross_entropy
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -26,7 +26,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     if config.training.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif config.training.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        recompute = {"recompute_granularity": "selective"}           # see based_mp/model/recompute.py
 
     def normal(std: float):
         return lambda weight: torch.nn.init.normal_(weight, 0.0, std)
@@ -48,13 +48,21 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=False, apply_rope_fusion=False, **recompute)
 
 
-def build_model(config: Config) -> GPTModel:
+class BasedModel(GPTModel):
+    """Megatron-core's GPTModel with a cross-entropy that makes no copy of the logits."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Of labels [b, s] and logits [s, b, padded_vocab / tp], the loss of every token [b, s] in fp32."""
+        return cross_entropy(logits, labels.transpose(0, 1).contiguous(), self.pg_collection.tp).transpose(0, 1)
+
+
+def build_model(config: Config) -> BasedModel:
     """The model of `config`, on this rank's device, after the process groups are initialised.
 
     `model(tokens [b, s], position_ids, None, labels=[b, s])` gives the loss of every token [b, s] in fp32;
     without labels the logits [b, s, padded_vocab / tp].
     """
-    model = GPTModel(
+    model = BasedModel(
         config=transformer_config(config), transformer_layer_spec=block_spec(config.model),
         vocab_size=config.model.padded_vocab_size, max_sequence_length=config.training.seq_length,
         parallel_output=True, share_embeddings_and_output_weights=config.model.tie_embeddings,
@@ -82,33 +90,3 @@ def forward_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean loss over the tokens that `loss_mask` keeps; a scalar."""
     losses, mask = token_losses(model, batch), batch["loss_mask"]
     return (losses * mask).sum() / mask.sum().clamp(min=1)
-
-
-def init_states(model: GPTModel, batch: int) -> list[Any]:
-    """An empty generation state for `batch` sequences: one entry a layer."""
-    weight = model.embedding.word_embeddings.weight
-    return [layer.self_attention.init_state(batch, weight.device, weight.dtype) for layer in model.decoder.layers]
-
-
-@torch.no_grad()
-def extend(model: GPTModel, tokens: Tensor, states: list[Any], cu_seqlens: Tensor | None = None, *,
-           last_only: bool = False) -> Tensor:
-    """Logits of the next tokens of every sequence; `states` advances in place. Without sequence parallelism.
-
-    tokens: int64 [b, s]; or with cu_seqlens int32 [sequences + 1], [1, total] of sequences laid end to end.
-    Returns [b, s, padded_vocab / tp]; with last_only, of each sequence's last token: [sequences, padded_vocab / tp].
-    """
-    if model.config.sequence_parallel:
-        raise ValueError("generation runs without sequence parallelism: build the model with sequence_parallel=False")
-    positions = torch.zeros_like(tokens)
-    hidden = model.embedding(input_ids=tokens, position_ids=positions)                 # [s, b, d_model]
-    for layer, state in zip(model.decoder.layers, states, strict=True):
-        hidden = hidden + layer.self_attention.extend(layer.input_layernorm(hidden), state, cu_seqlens)
-        if isinstance(layer.mlp, MLP):
-            hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
-    if last_only:
-        hidden = hidden[-1:] if cu_seqlens is None else hidden[cu_seqlens[1:].long() - 1, 0][None]
-    hidden = model.decoder.final_layernorm(hidden)
-    head = model.embedding.word_embeddings.weight if model.share_embeddings_and_output_weights else None
-    logits, _ = model.output_layer(hidden, weight=head)
-    return logits[0] if last_only else logits.transpose(0, 1)

@@ -68,6 +68,6 @@ class GLA(RowMixer):
         o = F.rms_norm(o, o.shape[-1:], weight.to(o.dtype), self.config.layernorm_epsilon) * F.silu(gate)
         return o.transpose(0, 1).flatten(2)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MatrixState:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> MatrixState:
         acc = torch.promote_types(dtype, torch.float32)
         return MatrixState(torch.zeros(batch, self.heads, self.sizes[0], self.sizes[2], device=device, dtype=acc))

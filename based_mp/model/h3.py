@@ -95,7 +95,7 @@ class H3(RowMixer):
             rows.append(now)
         return torch.view_as_real(torch.stack(rows))
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> H3State:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> H3State:
         acc = torch.promote_types(dtype, torch.float32)
         return H3State(
             torch.zeros(batch, self.shift_weight.shape[1] - 1, self.channels, device=device, dtype=dtype),

@@ -23,11 +23,12 @@ class HyenaState:
     """Hyena has no state of constant size: it keeps every input of its long convolution.
 
     carry: last inputs of the short convolution [batch, kernel − 1, 3·channels of this rank];
-    past: [batch, tokens so far, channels], newest last, rows with fewer tokens are zero on the left.
+    past: [batch, most tokens, channels], by position; length: int64 [batch], tokens seen.
     """
 
     carry: Tensor
     past: Tensor
+    length: Tensor
 
 
 class Hyena(RowMixer):
@@ -77,30 +78,43 @@ class Hyena(RowMixer):
                                device=device, dtype=acc).chunk(self.tp_size)[self.tp_rank]
         return z * (torch.exp(-t * delta.abs()) + SHIFT)
 
+    def project(self, hidden_states: Tensor) -> Tensor:
+        x, bias = self.linear_in(hidden_states)
+        return x + bias
+
     def run(self, x: Tensor, state: HyenaState | None, lengths: Tensor | None) -> Tensor:
-        s, acc = x.shape[0], accumulation_dtype(x)
+        acc = accumulation_dtype(x)
         short = causal_conv(x, self.conv_weight, None if state is None else state.carry) + self.conv_bias
         x0, x1, v = short.unflatten(-1, (self.channels, 3)).unbind(-1)
         u = x1 * v
         if state is None:
-            y = long_conv(u, self.filters(s, acc))
+            y = long_conv(u, self.filters(u.shape[0], acc))
         else:
-            whole = torch.cat([state.past.transpose(0, 1).to(u.dtype), u])
-            kernel = self.filters(whole.shape[0], acc)
-            if s == 1:
-                y = (whole.to(acc) * kernel.flip(0)[:, None]).sum(0, keepdim=True)
-            else:
-                y = long_conv(whole, kernel)[-s:]
-            self._keep(state, x, u, lengths)
+            state.carry = next_carry(x, state.carry, lengths)
+            y = self._extend(u, state, lengths)
         return (y + self.skip.to(acc) * u).to(x.dtype) * x0
 
-    def _keep(self, state: HyenaState, x: Tensor, u: Tensor, lengths: Tensor | None) -> None:
-        state.carry = next_carry(x, state.carry, lengths)
-        new = u.shape[0] if lengths is None else int(lengths.max())
-        room = torch.nn.functional.pad(state.past, (0, 0, new, 0))                    # zeros before the first token
-        state.past = next_carry(u, room, lengths)
+    def _extend(self, u: Tensor, state: HyenaState, lengths: Tensor | None) -> Tensor:
+        """The long convolution at the next positions of every row, u [s, b, channels]."""
+        s, b, _ = u.shape
+        rows = torch.arange(b, device=u.device)
+        lengths = torch.full_like(state.length, s) if lengths is None else lengths
+        steps = torch.arange(s, device=u.device)[:, None]
+        position = state.length + steps                                                # [s, b]
+        inside = steps < lengths
+        state.past[rows.expand(s, b)[inside], position[inside]] = u[inside].to(state.past.dtype)
+        state.length = state.length + lengths
+        used = int(state.length.max())
+        past, kernel = state.past[:, :used], self.filters(used, accumulation_dtype(u))
+        if s == 1:
+            lag = position[0][:, None] - torch.arange(used, device=u.device)           # [b, used]
+            taps = kernel[lag.clamp(min=0)] * (lag >= 0)[..., None]
+            return (taps * past).sum(1)[None]
+        y = long_conv(past.transpose(0, 1), kernel)
+        return y[position.clamp(max=used - 1), rows]
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HyenaState:
-        taps = self.conv_weight.shape[1] - 1
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> HyenaState:
+        taps, length = self.conv_weight.shape[1] - 1, min(length, self.settings.filter_length)
         return HyenaState(torch.zeros(batch, taps, 3 * self.channels, device=device, dtype=dtype),
-                          torch.zeros(batch, 0, self.channels, device=device, dtype=dtype))
+                          torch.zeros(batch, length, self.channels, device=device, dtype=dtype),
+                          torch.zeros(batch, dtype=torch.int64, device=device))

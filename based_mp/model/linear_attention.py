@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,8 +9,25 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from based_mp.model.mixer import Mixer
-from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention
-from based_mp.ops.reference import init_taylor_state, taylor_denominator
+from based_mp.ops.linear_attention import log_decay, taylor_linear_attention
+from based_mp.ops.reference import taylor_denominator
+
+
+class _SplitHeads(torch.autograd.Function):
+    """[s, b, h, f + f + d] → views q, k [b, s, h, f], v [b, s, h, d], whose gradients are written into one tensor."""
+
+    @staticmethod
+    def forward(ctx, x, f):
+        x = x.transpose(0, 1)
+        return x[..., :f], x[..., f : 2 * f], x[..., 2 * f :]
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        b, s, h, f = dq.shape
+        dx = torch.empty(s, b, h, 2 * f + dv.shape[-1], dtype=dv.dtype, device=dv.device)
+        for part, grad in zip(dx.transpose(0, 1).split([f, f, dv.shape[-1]], -1), (dq, dk, dv), strict=True):
+            part.copy_(grad)
+        return dx, None
 
 
 class LinearAttention(Mixer):
@@ -28,25 +44,18 @@ class LinearAttention(Mixer):
         super().__init__(config, submodules, width=heads * (2 * feature_dim + self.head_dim),
                          out_width=heads * self.head_dim, **kwargs)
         self.heads = heads // self.tp_size
-        self.decay = self._log_decay(decay_exponent)
+        self.decay = None
+        if decay_exponent is not None:
+            self.decay = log_decay(decay_exponent, self.tp_rank * self.heads, self.heads)
         self.collect_diagnostics = False
         self.diagnostics: dict[str, float] = {}
-
-    def _log_decay(self, exponent: int | None) -> list[float] | None:
-        """log(1 − 2^(c − h)) of this rank's heads h (spec: the decayed variant of the 1.3b run)."""
-        if exponent is None:
-            return None
-        first = self.tp_rank * self.heads
-        return [math.log1p(-(2.0 ** (exponent - h))) for h in range(first, first + self.heads)]
 
     def _decay(self, x: Tensor) -> Tensor | None:
         return None if self.decay is None else torch.tensor(self.decay, device=x.device)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, width] → q, k [b, s, h, f], v [b, s, h, d]."""
-        f = self.feature_dim
-        heads = x.unflatten(-1, (self.heads, 2 * f + self.head_dim)).transpose(0, 1)
-        return heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :]
+        return _SplitHeads.apply(x.unflatten(-1, (self.heads, -1)), self.feature_dim)
 
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = self._split(x)
@@ -62,15 +71,3 @@ class LinearAttention(Mixer):
         denominator = taylor_denominator(q, k, cu_seqlens=cu_seqlens, decay=decay)
         _, state = taylor_linear_attention(q, k, v, cu_seqlens=cu_seqlens, decay=decay, return_state=True)
         self.diagnostics = {"min_denominator": denominator.min().item(), "state_norm": state.kv.norm().item()}
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> TaylorState:
-        """fp32 whatever the model's dtype: a bf16 state is wrong after 256 tokens."""
-        return init_taylor_state(batch, self.heads, self.feature_dim, self.head_dim, device)
-
-    def extend_mix(self, x: Tensor, state: TaylorState, cu_seqlens: Tensor | None) -> Tensor:
-        q, k, v = self._split(x)
-        o, new = taylor_linear_attention(q, k, v, initial_state=state, return_state=True, cu_seqlens=cu_seqlens,
-                                         decay=self._decay(x))
-        state.kv.copy_(new.kv)
-        state.z.copy_(new.z)
-        return o.transpose(0, 1).flatten(2)

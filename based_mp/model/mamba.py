@@ -73,7 +73,7 @@ class Mamba(RowMixer):
             state.carry, state.h = next_carry(u, state.carry, lengths), last
         return (y + self.skip.to(acc) * conv).to(x.dtype) * F.silu(z)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MambaState:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> MambaState:
         acc = torch.promote_types(dtype, torch.float32)
         return MambaState(
             torch.zeros(batch, self.conv_weight.shape[1] - 1, self.channels, device=device, dtype=dtype),

@@ -1,12 +1,10 @@
-"""What every token mixer shares: its projections and its place in a Megatron-core TransformerLayer."""
+"""What every token mixer shares: its projections and its place in a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -17,14 +15,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from based_mp.model.recompute import recomputed
+
 
 class Mixer(MegatronModule):
     """Base of the mixers: `linear_in` (column parallel) → `mix` → `linear_out` (row parallel).
 
     A subclass gives the width of `linear_in` (None: it overrides `project`) and implements
-    `mix(x [s, b, width / tp], cu_seqlens) -> [s, b, out_width / tp]` for training, and
-    `init_state` / `extend_mix` for generation.
+    `mix(x [s, b, width / tp], cu_seqlens) -> [s, b, out_width / tp]`. `cheap` mixing is done again under selective
+    recomputation.
     """
+
+    cheap = False
 
     def __init__(self, config: TransformerConfig, submodules: None = None, layer_number: int = 1,
                  pg_collection: ProcessGroupCollection | None = None, cp_comm_type: str | None = None, *,
@@ -37,7 +39,7 @@ class Mixer(MegatronModule):
             # With SwiGLU's trick of stride 2, each rank's slice is [first half | second half].
             self.linear_in = ColumnParallelLinear(
                 config.hidden_size, width, config=config, init_method=config.init_method, bias=in_bias,
-                gather_output=False, stride=in_stride, tp_group=tp_group)
+                gather_output=False, stride=in_stride, skip_bias_add=True, tp_group=tp_group)
         self.linear_out = RowParallelLinear(
             out_width, config.hidden_size, config=config, init_method=config.output_layer_init_method, bias=False,
             input_is_parallel=True, skip_bias_add=True, tp_group=tp_group)
@@ -50,33 +52,21 @@ class Mixer(MegatronModule):
         state is reset at document boundaries.
         """
         x = self.project(hidden_states)
-        return self.linear_out(self._recomputable(self._mix_packed, x, packed_seq_params))[0], self.output_bias()
+        y, kept = self._mix_packed(x, packed_seq_params), x.detach()
+        if not self.cheap:
+            return self.linear_out(y)[0], self.output_bias()
+        with recomputed(y, lambda: self._mix_packed(kept, packed_seq_params), self, self.config):
+            return self.linear_out(y)[0], self.output_bias()
 
     def project(self, hidden_states: Tensor) -> Tensor:
-        """What `mix` works on, from the layer's normalised input, token by token."""
+        """What `mix` works on, from the layer's normalised input, token by token (the bias of linear_in left out)."""
         return self.linear_in(hidden_states)[0]
 
     def output_bias(self) -> Tensor | None:
         """Added to the output by the transformer layer."""
         return None
 
-    def extend(self, hidden_states: Tensor, state: Any, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The next tokens of every sequence; `state` (from `init_state`) is advanced in place.
-
-        hidden_states [s, b, d_model]: one token (decode) or several (prefill) of b sequences; or, with cu_seqlens
-        int32 [sequences + 1] and b = 1, sequences of different lengths laid end to end.
-        """
-        out, _ = self.linear_out(self.extend_mix(self.project(hidden_states), state, cu_seqlens))
-        bias = self.output_bias()
-        return out if bias is None else out + bias
-
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def extend_mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         raise NotImplementedError
 
     def _mix_packed(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -85,12 +75,6 @@ class Mixer(MegatronModule):
         s, b, _ = x.shape
         packed = x.transpose(0, 1).reshape(s * b, 1, -1)
         return self.mix(packed, cu_seqlens).reshape(b, s, -1).transpose(0, 1)
-
-    def _recomputable(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Under selective recomputation the mixing is done again in the backward pass; its projections are not."""
-        if self.training and self.config.recompute_granularity == "selective":
-            return tensor_parallel.checkpoint(function, False, *args)
-        return function(*args)
 
     def shard(self, whole: Tensor, dim: int | None = 0, *, decay: bool = True) -> torch.nn.Parameter:
         """An own parameter from its whole initial value, of which each tensor-parallel rank takes its part along `dim`
@@ -113,16 +97,22 @@ class RowMixer(Mixer):
     """A mixer that works on rows of equal length; packed sequences become rows padded on the right.
 
     A subclass implements `run(x [s, b, width], state or None, lengths [b] or None) -> [s, b, out_width]`: it starts
-    from nothing or from `state`, which it advances by each row's first `lengths` (None: all) tokens.
+    from nothing or from `state`, which it advances by each row's first `lengths` (None: all) tokens. `init_state`
+    gives an empty state, a dataclass whose tensors have the rows first.
     """
 
     def run(self, x: Tensor, state: Any, lengths: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return self.extend_mix(x, None, cu_seqlens)
+        return self.run_packed(x, None, cu_seqlens)
 
-    def extend_mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> Any:
+        """For `batch` rows of at most `length` tokens."""
+        raise NotImplementedError
+
+    def run_packed(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
+        """`run`, or with cu_seqlens int32 [rows + 1] on rows laid end to end in x [tokens, 1, width]."""
         if cu_seqlens is None:
             return self.run(x, state, None)
         lengths = cu_seqlens.diff().long()

@@ -75,7 +75,7 @@ class RWKV(RowMixer):
                             eps=1e-5 * self.head_dim)              # 1e-5 on wkv / √head_dim, as published
         return norm.view(*x.shape[:2], -1) * F.silu(g)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> RWKVState:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> RWKVState:
         acc = torch.promote_types(dtype, torch.float32)
         shape = (batch, self.channels // self.head_dim, self.head_dim, self.head_dim)
         return RWKVState(torch.zeros(batch, 1, self.config.hidden_size, device=device, dtype=dtype),

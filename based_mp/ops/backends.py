@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from based_mp.config import ModelConfig
 from based_mp.errors import UserError
 from based_mp.ops import recurrences
 
@@ -24,6 +27,11 @@ def _load_extension() -> ModuleType | None:
         return None
 
 
+# BASED_MP_BACKEND=torch: every op in plain torch, to compare with or to look for a fault.
+_TORCH_ONLY = os.environ.get("BASED_MP_BACKEND") == "torch"
+HAS_TRITON = importlib.util.find_spec("triton") is not None          # comes with CUDA builds of torch
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"       # Triton's kernels run on the CPU, for tests
+
 _EXTENSION = _load_extension()         # once, when imported: torch.compile cannot trace an import
 
 
@@ -33,8 +41,8 @@ def extension() -> ModuleType | None:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"Taylor linear attention runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
+def _warn_once(what: str, reason: str) -> None:
+    warnings.warn(f"{what} runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
 
 
 @functools.cache
@@ -53,7 +61,11 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> str | Non
         return "decay has no kernel yet"
     if q.shape[0] * q.shape[1] * q.shape[2] == 0:
         return "the input is empty"
-    if _capability(q.device.index or 0)[0] != 9:
+    return _unusable(q.device)
+
+
+def _unusable(device: torch.device) -> str | None:
+    if _capability(device.index or 0)[0] != 9:
         return "the kernels are built for Hopper (compute capability 9.0)"
     if extension() is None:
         return "based_mp._C was not built (BASED_MP_CUDA=1 pip install --no-build-isolation -e .)"
@@ -62,13 +74,67 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> str | Non
 
 def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None) -> str:
     """"cuda" where the kernels can run these inputs, else "torch"; on a GPU, one warning says why not."""
-    if not q.is_cuda:
+    if not q.is_cuda or _TORCH_ONLY:
         return "torch"
     reason = _refusal(q, k, v, decay)
     if reason is None:
         return "cuda"
-    _warn_once(reason)
+    _warn_once("Taylor linear attention", reason)
     return "torch"
+
+
+def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
+    """"cuda" where the gated convolution's kernels can run these inputs, else "torch", with one warning on a GPU."""
+    if not x.is_cuda or _TORCH_ONLY:
+        return "torch"
+    reason = None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
+        reason = f"inputs are {x.dtype} and {weight.dtype}; the kernels take bf16, fp16 or fp32"
+    elif weight.shape[1] != 3 or weight.shape[0] % 8 or x.numel() == 0:
+        reason = f"the weight is {tuple(weight.shape)}; the kernels take width 3 and a multiple of 8 channels"
+    elif carry is not None and carry.requires_grad and torch.is_grad_enabled():
+        reason = "the carry's gradient has no kernel"
+    reason = reason or _unusable(x.device)
+    if reason:
+        _warn_once("The gated convolution", reason)
+    return "torch" if reason else "cuda"
+
+
+def fused_backend(x: Tensor) -> str:
+    """"triton" for the element-wise ops of `based_mp.ops.fused` on a GPU with Triton, else "torch"."""
+    usable = (x.is_cuda or TRITON_INTERPRETED) and HAS_TRITON and x.dtype != torch.float64
+    return "triton" if usable and not _TORCH_ONLY else "torch"
+
+
+def _decode_refusal(weight: Tensor, model: ModelConfig, tp_size: int) -> str | None:
+    if weight.dtype != torch.bfloat16:
+        return f"the weights are {weight.dtype}; the kernels take bf16"
+    widths = {"d_model": model.d_model // tp_size, "ffn_hidden_size": model.ffn_size // tp_size,
+              "padded vocabulary": model.padded_vocab_size // tp_size}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 8]
+    if odd:
+        return f"{odd[0]} (of a rank) is not a multiple of 8"
+    if model.d_model > 8192 or model.vocab_size > 110_000:
+        return "d_model is above 8192 or the vocabulary above 110,000"
+    others = sorted(set(model.mixers) - {"linear_attention", "sliding_attention", "softmax_attention", "gated_conv"})
+    if others or not model.ffn_size:
+        return f"{others[0] if others else 'a layer without MLP'} has no generation kernel"
+    fits = model.feature_dim in FEATURE_DIMS and model.head_dim in HEAD_DIMS
+    if "linear_attention" in model.mixers and not fits:
+        return f"feature_dim {model.feature_dim} or head_dim {model.head_dim} is not one of {FEATURE_DIMS}, {HEAD_DIMS}"
+    if model.head_dim > 128 or model.conv_kernel > 4:
+        return "head_dim is above 128 or conv_kernel above 4"
+    return _unusable(weight.device)
+
+
+def decode_ops(weight: Tensor, model: ModelConfig, tp_size: int) -> ModuleType:
+    """`decode_cuda` where the generation kernels can run this model, else `decode_torch`; on a GPU, a warning why."""
+    reason = "no GPU"
+    if weight.is_cuda:
+        reason = _decode_refusal(weight, model, tp_size)
+        if reason is not None:
+            _warn_once("Generation", reason)
+    return importlib.import_module("based_mp.ops.decode_cuda" if reason is None else "based_mp.ops.decode_torch")
 
 
 @functools.cache

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from based_mp.ops import backends, taylor_cuda
-from based_mp.ops.reference import TaylorState, taylor_chunked, taylor_step
+from based_mp.ops.reference import TaylorState, taylor_chunked
 
-__all__ = ["TaylorState", "taylor_linear_attention", "taylor_linear_attention_step"]
+__all__ = ["TaylorState", "log_decay", "taylor_linear_attention"]
+
+
+def log_decay(exponent: int, first: int, heads: int) -> list[float]:
+    """log(1 − 2^(exponent − h)) of heads first … first + heads − 1 (the decayed variant of the 1.3b run)."""
+    return [math.log1p(-(2.0 ** (exponent - h))) for h in range(first, first + heads)]
 
 
 def taylor_linear_attention(
@@ -32,15 +39,6 @@ def taylor_linear_attention(
         return (o, state) if return_state else o
     o, state = taylor_chunked(q, k, v, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, decay=decay)
     return (o, state) if return_state else o
-
-
-def taylor_linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *,
-                                 scale: float | None = None, decay: Tensor | None = None) -> Tensor:
-    """One decoded token; `state` is updated in place. q, k [b, h, f], v [b, h, d] → o [b, h, d]."""
-    o, new = taylor_step(q, k, v, state, scale=scale, decay=decay)
-    state.kv.copy_(new.kv)
-    state.z.copy_(new.z)
-    return o
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: TaylorState | None, cu_seqlens: Tensor | None,

@@ -6,6 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from based_mp.ops.backends import fused_backend
+from based_mp.ops.fused.rotary_attention import RotaryFlashAttention
+
+
+def rope_frequency(half: int, base: float, device: torch.device) -> Tensor:
+    """Angles a position, fp32 [half]."""
+    return base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+
 
 def rope(x: Tensor, positions: Tensor, *, base: float = 10000.0, fraction: float = 1.0) -> Tensor:
     """Rotate the first fraction·head_dim dimensions (half-split layout).
@@ -14,23 +22,45 @@ def rope(x: Tensor, positions: Tensor, *, base: float = 10000.0, fraction: float
     """
     rotary = int(x.shape[-1] * fraction) // 2 * 2
     half = rotary // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[..., None].float() * frequency                                  # [batch, seq, half]
+    angle = positions[..., None].float() * rope_frequency(half, base, x.device)      # [batch, seq, half]
     cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
     acc = torch.promote_types(x.dtype, torch.float32)
     a, b = x[..., :half].to(acc), x[..., half:rotary].to(acc)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., rotary:]], -1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None,
-                     cu_seqlens: Tensor | None = None) -> Tensor:
+def rotary_attention(x: Tensor, heads: int, *, window: int | None = None, cu_seqlens: Tensor | None = None,
+                     base: float = 10000.0, fraction: float = 1.0) -> Tensor:
+    """RoPE and causal attention on the output of a fused projection, which it may overwrite.
+
+    x: [seq, batch, heads·3·head_dim], rows [head][q | k | v]; window, cu_seqlens as in `causal_attention` (a packed
+    document keeps its positions in the pack: attention depends on distances alone); base, fraction as in `rope`.
+    Returns [seq, batch, heads·head_dim].
+    """
+    qkv = x.unflatten(-1, (heads, 3, -1))
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and fused_backend(x) == "triton":
+        o = RotaryFlashAttention.apply(qkv, window, cu_seqlens, base, fraction)
+    else:
+        q, k, v = qkv.transpose(0, 1).unbind(-2)
+        positions = torch.arange(x.shape[0], device=x.device)[None]
+        q, k = (rope(t, positions, base=base, fraction=fraction) for t in (q, k))
+        o = causal_attention(q, k, v, window=window, cu_seqlens=cu_seqlens)
+    return o.transpose(0, 1).flatten(2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None,
+                     cu_seqlens_k: Tensor | None = None, longest: tuple[int, int] | None = None) -> Tensor:
     """softmax(q·k/√head_dim) v over the last `window` positions, the own one included (None: all before it).
 
     q, k, v: [batch, seq, heads, head_dim]. cu_seqlens: int32 [docs + 1] with batch 1, attention stays inside a
-    document. Memory O(seq·window) with a window. Returns [batch, seq, heads, head_dim].
+    document. cu_seqlens_k: of k and v, where documents begin with keys of earlier tokens: the last query sees the last
+    key. longest: (queries, keys) of the longest document, where it is known on the host, for speed. Memory
+    O(seq·window) with a window. Returns [batch, seq, heads, head_dim].
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _flash(q, k, v, window, cu_seqlens)
+        return _flash(q, k, v, window, cu_seqlens, cu_seqlens_k, longest)
+    if cu_seqlens_k is not None:
+        return _continued(q, k, v, window, cu_seqlens.tolist(), cu_seqlens_k.tolist())
     doc = None
     if cu_seqlens is not None:
         position = torch.arange(q.shape[1], device=q.device)
@@ -40,16 +70,31 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
     return _blocked(q, k, v, window, doc)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None,
+           cu_seqlens_k: Tensor | None, longest: tuple[int, int] | None) -> Tensor:
     """torch's built-in flash kernel over packed sequences; a batch is a pack of equal lengths."""
     from torch.nn.attention.varlen import varlen_attn
     b, s = q.shape[:2]
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
-    flat = [x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)]
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    most_q, most_k = longest or (s, k.shape[1])
     left = -1 if window is None else window - 1
-    o = varlen_attn(*flat, cu_seqlens, cu_seqlens, s, s, window_size=(left, 0))
+    o = varlen_attn(*flat, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, most_q, most_k,
+                    window_size=(left, 0))
     return o.view_as(q)
+
+
+def _continued(q: Tensor, k: Tensor, v: Tensor, window: int | None, bounds: list[int], bounds_k: list[int]) -> Tensor:
+    """Document by document, every query's keys in a mask."""
+    out = []
+    for a, e, first, last in zip(bounds[:-1], bounds[1:], bounds_k[:-1], bounds_k[1:], strict=True):
+        distance = torch.arange(last - first - (e - a), last - first, device=q.device)[:, None] \
+            - torch.arange(last - first, device=q.device)
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        rows = (x.transpose(1, 2) for x in (q[:, a:e], k[:, first:last], v[:, first:last]))
+        out.append(F.scaled_dot_product_attention(*rows, attn_mask=seen).transpose(1, 2))
+    return torch.cat(out, 1)
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None) -> Tensor:

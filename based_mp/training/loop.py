@@ -66,7 +66,8 @@ class Trainer:
         """Train to training.steps, or (as a time limit would) to step `stop_after`; validate, save and log."""
         config = self.config
         last = min(config.training.steps, stop_after or config.training.steps)
-        stream = batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last)
+        stream = self.metrics.timed(
+            batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last))
         losses: list[Tensor] = []
         asked = False
         while self.step < last and not asked:
@@ -104,7 +105,9 @@ class Trainer:
     def _train_step(self, stream: Iterator[dict[str, Tensor]], lr: float) -> Tensor:
         """One optimizer step; the mean loss over the tokens that count in the global batch (this rank's part)."""
         set_learning_rate(self.engine, lr)
-        micro_batches = list(islice(stream, self.accumulation))
+        micro_batches: Any = islice(stream, self.accumulation)
+        if self.config.data.eod_mask_loss:                     # only then do the batches tell how many tokens count
+            micro_batches = list(micro_batches)
         counted = self._tokens_in_step(micro_batches)
         total = torch.zeros((), device=self.ranks.device)
         for batch in micro_batches:
@@ -119,7 +122,7 @@ class Trainer:
             self.grad_norm = self.engine.get_global_grad_norm()
         return total
 
-    def _tokens_in_step(self, micro_batches: list[dict[str, Tensor]]) -> Tensor | float:
+    def _tokens_in_step(self, micro_batches: Any) -> Tensor | float:
         if not self.config.data.eod_mask_loss:
             return float(self.config.training.global_batch_size * self.config.training.seq_length)
         counted = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
@@ -191,11 +194,12 @@ class Trainer:
     def _sample(self) -> None:
         """Text from the model as it stands."""
         from based_mp.inference.generate import Generator, open_tokenizer
+        from based_mp.inference.model import InferenceModel
         config = self.config
         if config.parallel.zero_stage == 3 or config.parallel.sequence_parallel:
             return
         self.engine.eval()
-        generator = Generator(self.engine.module, open_tokenizer(config.data.tokenizer), config.model.vocab_size)
+        generator = Generator(InferenceModel(self.engine.module, config.model), open_tokenizer(config.data.tokenizer))
         text = generator.generate([config.logging.sample_prompt], max_new_tokens=config.logging.sample_tokens,
                                   temperature=0.8, top_p=0.95, seed=self.step)[0].text
         self.engine.train()

@@ -1,6 +1,7 @@
 """launch/evaluate.py on a checkpoint of a run: perplexity, tasks, speed, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -43,9 +44,10 @@ def run_folder(tmp_path_factory):
 
 
 def evaluate(folder, *options):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
     return subprocess.run([sys.executable, "launch/evaluate.py", "--checkpoint", folder / "checkpoints", "--device",
                            "cpu", "--output", folder / "results.json", *options], cwd=REPO, capture_output=True,
-                          text=True, timeout=110)
+                          text=True, timeout=110, env=clean)
 
 
 def test_perplexity_and_speed_land_in_one_file(run_folder):

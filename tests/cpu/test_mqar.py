@@ -90,9 +90,9 @@ def test_a_sweep_learns_resumes_and_reports(tmp_path):
     records = {r["family"]: r for r in map(json.loads, results.read_text().splitlines())}
     assert records["attention"]["accuracy"]["16x4"] > 0.95
     assert records["window"]["accuracy"]["16x4"] < 0.5               # two tokens: the pairs are out of sight
-    # conv carry 2 × 64 and 32 keys and values of 32, fp32; the window keeps one.
+    # conv carry 2 × 64 and 32 keys and values of 32, fp32; the window keeps two.
     assert records["attention"]["state_bytes"]["32"] == 4 * (2 * 64 + 2 * 32 * 32)
-    assert records["window"]["state_bytes"]["32"] == 4 * (2 * 64 + 2 * 32)
+    assert records["window"]["state_bytes"]["32"] == 4 * (2 * 64 + 2 * 2 * 32)
     assert (tmp_path / "out" / "frontier.png").read_bytes()[:4] == b"\x89PNG"
     one, two = results.read_text().splitlines()
     results.write_text(f"{one}\n{two[:99]}")                           # killed while it wrote

@@ -116,12 +116,14 @@ def test_bad_files_are_told(tmp_path, text, told):
 def real_model():
     from based_mp.evaluation.harness import HarnessModel
     from based_mp.inference.generate import Generator
+    from based_mp.inference.model import InferenceModel
     from based_mp.model.based_model import build_model
     from based_mp.parallel import state
     from tests.models import tiny_config
     state.initialize(device="cpu", seed=3)
-    module = build_model(tiny_config(model={"init_std": 0.2})).eval()
-    yield HarnessModel(module, Generator(module, Letters(), 120), max_length=64, batch_size=3)
+    config = tiny_config(model={"init_std": 0.2})
+    module = build_model(config).eval()
+    yield HarnessModel(module, Generator(InferenceModel(module, config.model), Letters()), max_length=64, batch_size=3)
     state.destroy()
 
 

@@ -1,14 +1,28 @@
-"""Generation against the full forward pass: every position, ragged batches, chunks, forks, sampling."""
+"""Generation against the full forward pass: every position, ragged batches, pieces, forks, sampling, text."""
 
 import pytest
 import torch
 
-from based_mp.inference import state as generation_state
-from based_mp.inference.sampling import next_tokens
+from based_mp.inference.engine import Engine, Sequence
+from based_mp.inference.generate import Generator
+from based_mp.inference.model import InferenceModel
+from based_mp.inference.sampling import Sampling
+from based_mp.inference.state import SequenceState
+from based_mp.inference.text import TextStream
+from based_mp.ops import decode_torch
 from based_mp.parallel import state
 from tests.models import tiny_config
 
 LENGTHS = [1, 7, 65, 200]
+SIZES = {
+    "based": {"num_layers": 5, "linear_attention_layers": [1], "sliding_attention_layers": [2, 3]},
+    # Every option of the architecture that generation sees, and a head_dim that is no multiple of 8.
+    "options": {"num_layers": 5, "d_model": 72, "linear_attention_layers": [1], "sliding_attention_layers": [2, 3],
+                "decay_exponent": -3, "fp32_residual": True, "tie_embeddings": False, "conv_kernel": 4,
+                "rotary_fraction": 0.5},
+    "attention": {"linear_attention_layers": [], "sliding_attention_layers": [], "other_layers": "softmax_attention",
+                  "rotary_fraction": 0.5},
+}
 
 
 class Letters:
@@ -23,123 +37,232 @@ class Letters:
         return "".join(chr(i + 32) for i in ids)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=list(SIZES))
+def trained(request):
+    """The training module and its inference model."""
     state.initialize(device="cpu", seed=3)
     from based_mp.model.based_model import build_model
-    layers = {"num_layers": 5, "linear_attention_layers": [1], "sliding_attention_layers": [2, 3]}
-    yield build_model(tiny_config(model=layers | {"init_std": 0.2})).eval()
+    config = tiny_config(model=SIZES[request.param] | {"init_std": 0.2})
+    module = build_model(config).eval()
+    yield module, InferenceModel(module, config.model)
     state.destroy()
 
 
-@pytest.fixture(scope="module")
-def softmax_model():
-    state.initialize(device="cpu", seed=3)
-    from based_mp.model.based_model import build_model
-    layers = {"linear_attention_layers": [], "sliding_attention_layers": [], "other_layers": "softmax_attention"}
-    yield build_model(tiny_config(model=layers | {"init_std": 0.2, "rotary_fraction": 0.5})).eval()
+@pytest.fixture
+def model(trained):
+    return trained[1]
 
 
 @pytest.fixture
 def generator(model):
-    from based_mp.inference.generate import Generator
-    return Generator(model, Letters(), 120)
+    return Generator(model, Letters())
 
 
 def tokens_of(length, batch=2):
     return torch.randint(1, 120, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.mark.parametrize("which", ["model", "softmax_model"])
+def prompt_of(length):
+    return tokens_of(length, 1)[0].tolist()
+
+
 @pytest.mark.parametrize("length", LENGTHS)
-def test_prefill_and_decode_equal_the_full_forward(which, length, request):
-    from based_mp.model.based_model import extend, init_states
-    model, tokens = request.getfixturevalue(which), tokens_of(length)
+def test_prefill_and_decode_equal_the_full_forward(trained, length):
+    """A first part, single tokens, and a part that continues them."""
+    (module, model), tokens = trained, tokens_of(length)
     with torch.no_grad():
-        full = model(tokens, torch.zeros_like(tokens), None)
-    states, cut = init_states(model, 2), (length + 1) // 2
-    steps = [extend(model, tokens[:, :cut], states)]
-    steps += [extend(model, tokens[:, t : t + 1], states) for t in range(cut, length)]
-    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-4)
+        full = module(tokens, torch.zeros_like(tokens), None)
+    pool, first, last = model.new_pool(4, 256), (length + 2) // 3, length - length // 3
+    slots = [3, 1]
+    pool.reset(slots)
+    rows = torch.tensor(slots, dtype=torch.int32)
+
+    def part(a, e):
+        pieces = [row[a:e].tolist() for row in tokens]
+        return model.prefill(pool, pieces, slots, [a, a], every=True).view(2, e - a, -1)
+
+    out = [part(0, first)]
+    for t in range(first, last):
+        pool.tokens[rows.long()] = tokens[:, t].int()
+        out.append(model.step(pool, rows)[:, None])
+        pool.positions[rows.long()] += 1
+    out += [part(last, length)] if last < length else []
+    torch.testing.assert_close(torch.cat(out, 1), full, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("which", ["model", "softmax_model"])
-@pytest.mark.parametrize("chunk", [1, 16, 4096])
-def test_ragged_batch_equals_each_alone(which, chunk, request):
-    from based_mp.inference.generate import Generator
-    generator = Generator(request.getfixturevalue(which), Letters(), 120)
-    prompts = [tokens_of(n, 1)[0].tolist() for n in (1, 40, 9, 23)]
-    logits, states = generator.prefill(prompts, chunk=chunk)
-    together = [c.tokens for c in generator.generate(prompts, max_new_tokens=20, prefill_chunk=chunk)]
-    for row, prompt in enumerate(prompts):
-        alone, _ = generator.prefill([prompt])
-        torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-4)
-        assert generator.generate([prompt], max_new_tokens=20)[0].tokens == together[row]
+@pytest.mark.parametrize("prefill_tokens", [1, 16, 65536])
+def test_ragged_batch_equals_each_alone(model, prefill_tokens):
+    """More prompts than slots, so that slots are used again."""
+    prompts = [prompt_of(n) for n in (1, 40, 9, 23, 90)]
+    together = Generator(model, Letters(), max_batch=3, prefill_tokens=prefill_tokens).generate(
+        prompts, max_new_tokens=20)
+    for prompt, completion in zip(prompts, together, strict=True):
+        alone = Generator(model, Letters()).generate([prompt], max_new_tokens=20)[0]
+        assert alone.tokens == completion.tokens
+        torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(completion.logprobs), rtol=1e-3,
+                                   atol=1e-4)
 
 
-def test_forked_state_equals_a_fresh_run(generator, tmp_path):
-    prompt = tokens_of(30, 1)[0].tolist()
-    _, states = generator.prefill([prompt])
-    generation_state.save(states, tmp_path / "state.pt")
-    fork = generation_state.select(states, [0, 0])
-    followers = torch.tensor([5, 60])
-    forked = generator.decode(followers, fork)
-    for row, token in enumerate(followers.tolist()):
-        fresh, _ = generator.prefill([[*prompt, token]])
-        torch.testing.assert_close(forked[row], fresh[0], rtol=1e-4, atol=1e-4)
-    restored = generator.decode(followers[:1], generation_state.load(tmp_path / "state.pt"))
-    torch.testing.assert_close(restored[0], forked[0])
-    torch.testing.assert_close(generator.decode(followers[:1], generation_state.clone(states))[0], forked[0])
+def test_states_are_forked_saved_and_continued(generator, tmp_path):
+    prompt, options = prompt_of(30), {"max_new_tokens": 15, "temperature": 1.0, "seed": [5, 6, 5]}
+    fresh = [c.tokens for c in generator.generate([prompt] * 3, **options)]
+    assert fresh[0] == fresh[2] != fresh[1]
+    first = generator.state(prompt[:20])
+    generator.state(prompt[20:], first).save(tmp_path / "state.pt")
+    whole = SequenceState.load(tmp_path / "state.pt")
+    assert [c.tokens for c in generator.generate([[]] * 3, states=[whole] * 3, **options)] == fresh
+    assert [c.tokens for c in generator.generate([prompt[20:]] * 3, states=[first] * 3, **options)] == fresh
 
 
-def test_packed_training_equals_separate_documents(model):
+def test_state_of_another_model_is_refused(generator, tmp_path):
+    from based_mp.errors import UserError
+    made = generator.state([1, 2, 3])
+    made.layers[1] = {"other": torch.zeros(1)}
+    with pytest.raises(UserError, match="another model"):
+        generator.generate([[]], states=[made])
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="not a saved generation state"):
+        SequenceState.load(tmp_path / "state.pt")
+
+
+def test_packed_training_equals_separate_documents(trained):
     from based_mp.model.based_model import token_losses
-    tokens = tokens_of(40)
+    module, tokens = trained[0], tokens_of(40)
     bounds = torch.tensor([0, 10, 40, 55, 80], dtype=torch.int32)
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "cu_seqlens": bounds}
     with torch.no_grad():
-        packed = token_losses(model, batch).flatten()
+        packed = token_losses(module, batch).flatten()
         for a, b in zip(bounds[:-1], bounds[1:], strict=True):
             piece = {k: v.flatten()[a:b][None] for k, v in batch.items() if k != "cu_seqlens"}
-            torch.testing.assert_close(packed[a:b], token_losses(model, piece)[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(packed[a:b], token_losses(module, piece)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_sampling_is_a_function_of_the_seed(generator):
-    def run(**options):
-        return [c.tokens for c in generator.generate(["hello", "a"], max_new_tokens=12, **options)]
+    def run(prompts, **options):
+        return [c.tokens for c in generator.generate(prompts, max_new_tokens=12, **options)]
 
-    assert run(temperature=1.0, seed=1) == run(temperature=1.0, seed=1)
-    assert run(temperature=1.0, seed=1) != run(temperature=1.0, seed=2)
-    assert run(temperature=1.0, seed=[7, 1])[1] == generator.generate(["a"], max_new_tokens=12, temperature=1.0,
-                                                                     seed=1)[0].tokens
-    assert run(temperature=2.0, top_k=1) == run()
+    two = ["hello", "a"]
+    assert run(two, temperature=1.0, seed=1) == run(two, temperature=1.0, seed=1)
+    assert run(two, temperature=1.0, seed=1) != run(two, temperature=1.0, seed=2)
+    assert run(two, temperature=1.0, seed=[7, 1])[1] == run(["a"], temperature=1.0, seed=1)[0]
+    assert run(two, temperature=2.0, top_k=1) == run(two)
 
 
-def test_top_p_keeps_the_fewest_tokens():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(400, 1)
-    seeds = [torch.Generator().manual_seed(i) for i in range(400)]
-    drawn = next_tokens(logits, temperature=1.0, top_k=None, top_p=0.7, generators=seeds)
-    assert set(drawn.tolist()) == {0, 1}
+class Pool:
+    """What `sample` reads: 2000 slots with the same options."""
+
+    def __init__(self, vocab_size, temperature, top_k=0, top_p=1.0, rows=2000):
+        self.vocab_size, self.tokens = vocab_size, torch.zeros(rows, dtype=torch.int32)
+        self.positions, self.seeds = torch.zeros(rows, dtype=torch.int32), torch.arange(rows)
+        self.temperature, self.top_p = torch.full((rows,), temperature), torch.full((rows,), top_p)
+        self.top_k = torch.full((rows,), top_k, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("options, kept", [({}, 4), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"top_p": 0.85}, 3),
+                                           ({"top_k": 2, "top_p": 0.55}, 1), ({"top_k": 2, "top_p": 0.7}, 2)])
+def test_samples_follow_the_distribution(options, kept):
+    """top_p = 0.55 keeps one of the two that top_k = 2 leaves: 0.5 of 0.8 is enough."""
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probabilities.log().repeat(2000, 1)
+    chosen, logprob = decode_torch.sample(logits, Pool(4, 1.0, **options), torch.arange(2000), 1)
+    share = torch.bincount(chosen, minlength=4) / 2000
+    expected = probabilities * (torch.arange(4) < kept)
+    assert (share - expected / expected.sum()).abs().max() < 0.04
+    torch.testing.assert_close(logprob, probabilities.log()[chosen.long()])
+
+
+def test_noise_changes_with_the_position():
+    pool, logits = Pool(50, 1.0, rows=300), torch.zeros(300, 50)
+    draws = torch.stack([decode_torch.sample(logits, pool, torch.arange(300), 1)[0] for _ in range(3)])
+    assert (draws[0] == draws[1]).float().mean() < 0.1 and (draws[:, 0] == draws[:, 1]).float().mean() < 1
 
 
 def test_stop_strings_end_of_document_and_length(generator):
     free = generator.generate(["abc"], max_new_tokens=30)[0]
-    assert free.finish_reason == "length" and len(free.tokens) == 30
-    stop = free.text[4:6]
-    stopped = generator.generate(["abc"], max_new_tokens=30, stop=[stop])[0]
+    assert free.finish_reason == "length" and len(free.tokens) == len(free.logprobs) == 30
+    stop = free.text[4:7]                              # three tokens of this tokenizer
+    stopped = generator.generate(["abc"], max_new_tokens=30, stop=["never said", stop])[0]
     assert stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.tokens == free.tokens[: free.text.index(stop) + 3]
 
     class Ends(Letters):
         eod = free.tokens[3]
 
-    from based_mp.inference.generate import Generator
-    ended = Generator(generator.model, Ends(), 120).generate(["abc"], max_new_tokens=30)[0]
+    ended = Generator(generator.model, Ends()).generate(["abc"], max_new_tokens=30)[0]
     assert ended.finish_reason == "eod" and ended.tokens == free.tokens[: free.tokens.index(free.tokens[3])]
 
 
-@pytest.mark.parametrize("options, word", [({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"),
-                                           ({"top_k": 0}, "top_k"), ({"max_new_tokens": 0}, "max_new_tokens")])
+@pytest.mark.parametrize("stop", [[], [" x"], ["aa"]])
+def test_streaming_equals_generating(generator, stop):
+    prompts, options = ["abc", "x", "hello there"], {"max_new_tokens": 25, "temperature": 1.0, "stop": stop}
+    expected = generator.generate(prompts, **options)
+    texts, completions = [""] * 3, [None] * 3
+    for piece in generator.stream(prompts, **options):
+        assert completions[piece.index] is None
+        texts[piece.index] += piece.text
+        completions[piece.index] = piece.completion
+    assert completions == expected and texts == [c.text for c in expected]
+
+
+def test_leaving_a_stream_frees_its_slots(generator):
+    next(generator.stream(["abc", "x"], max_new_tokens=25))
+    engine = generator._engine
+    assert sorted(engine.free) == list(range(engine.pool.slots)) and not engine.running and not engine.waiting
+
+
+class Bytes:
+    """A token a byte; decoding replaces what is no UTF-8."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_text_comes_in_whole_characters():
+    stream, ids = TextStream(Bytes(), list("né".encode()), []), list("aé😀z".encode())
+    pieces = [stream.add([i]) for i in ids]
+    assert pieces == ["a", "", "é", "", "", "", "😀", "z"]
+    assert stream.add([0xC3]) == "" and stream.add([], last=True) == "\ufffd"
+
+
+def test_text_that_may_become_a_stop_string_is_held_back():
+    stream = TextStream(Bytes(), [], ["end.", "\n\n"])
+    assert [stream.add([b]) for b in b"an en"] == ["a", "n", " ", "", ""]
+    assert [stream.add([b]) for b in b"ds\n"] == ["", "ends", ""]
+    assert stream.add([10]) == "" and stream.stopped and stream.text == "an ends"
+    held = TextStream(Bytes(), [], ["end."])
+    assert held.add(list(b"the en")) == "the " and held.add([], last=True) == "en" and not held.stopped
+
+
+def test_sequences_come_and_go(model):
+    """Submitted while others run, and taken back: waiting, running and done."""
+    engine = Engine(model, 0, slots=2, length=256)
+    runs = [Sequence(prompt_of(n), Sampling(max_new_tokens=m)) for n, m in ((5, 30), (9, 4), (3, 9), (40, 6))]
+    for sequence in runs[:3]:
+        engine.submit(sequence)
+    for step in range(60):
+        engine.step()
+        if step == 2:
+            engine.submit(runs[3])
+            engine.release(runs[2], "cancelled")       # still waiting
+        if step == 5:
+            engine.release(runs[0], "cancelled")       # running
+    assert engine.idle and sorted(engine.free) == [0, 1]
+    assert [s.finish_reason for s in runs] == ["cancelled", "length", "cancelled", "length"]
+    for sequence, prompt in zip(runs, (5, 9, 3, 40), strict=True):
+        alone = Generator(model, Letters()).generate([prompt_of(prompt)], max_new_tokens=max(1, len(sequence.tokens)))
+        assert sequence.tokens == alone[0].tokens[: len(sequence.tokens)]
+
+
+@pytest.mark.parametrize("options, word", [
+    ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_k": 0}, "top_k"),
+    ({"max_new_tokens": 0}, "max_new_tokens"), ({"seed": 2**70}, "seed"), ({"states": [None] * 2}, "states")])
 def test_options_out_of_range_are_refused(generator, options, word):
     from based_mp.errors import UserError
     with pytest.raises(UserError, match=word):
         generator.generate(["a"], **options)
+
+
+def test_token_ids_out_of_range_are_refused(generator):
+    from based_mp.errors import UserError
+    with pytest.raises(UserError, match="token id"):
+        generator.generate([[5, 120]])

@@ -25,6 +25,43 @@ def model(request):
     state.destroy()
 
 
+@pytest.fixture
+def inference(model, request):
+    return inference_of(model, system_config(request.node.callspec.params["model"]))
+
+
+def inference_of(model, config):
+    from based_mp.inference.model import InferenceModel
+    return InferenceModel(model, config.model)
+
+
+class Rows:
+    """Sequences in slots: `feed` gives the logits after every token."""
+
+    def __init__(self, inference, count):
+        self.inference, self.pool, self.seen = inference, inference.new_pool(count + 2, 200), [0] * count
+        self.slots = [count + 1 - i for i in range(count)]
+        self.pool.reset(self.slots)
+
+    def feed(self, pieces):
+        """pieces: token ids a row, none empty; as a pack."""
+        rows = [i for i, piece in enumerate(pieces) if piece]
+        out = self.inference.prefill(self.pool, [pieces[i] for i in rows], [self.slots[i] for i in rows],
+                                     [self.seen[i] for i in rows], every=True)
+        for i in rows:
+            self.seen[i] += len(pieces[i])
+        return out.split([len(pieces[i]) for i in rows])
+
+    def step(self, tokens):
+        """One token a row, int64 [rows] → logits [rows, vocab]."""
+        slots = torch.tensor(self.slots)
+        self.pool.tokens[slots] = tokens.int()
+        out = self.inference.step(self.pool, slots.int())
+        self.pool.positions[slots] += 1
+        self.seen = [n + 1 for n in self.seen]
+        return out
+
+
 def tokens_of(length, batch=2):
     return torch.randint(1, 120, (batch, length), generator=torch.Generator().manual_seed(length))
 
@@ -35,27 +72,35 @@ def full_logits(model, tokens):
 
 
 @pytest.mark.parametrize("length", [1, 7, 65, 150])
-def test_prefill_and_decode_equal_the_full_forward(model, length):
-    from based_mp.model.based_model import extend, init_states
-    tokens, states, cut = tokens_of(length), init_states(model, 2), (length + 1) // 2
-    pieces = [tokens[:, : cut // 3], tokens[:, cut // 3 : cut]] + [tokens[:, t : t + 1] for t in range(cut, length)]
-    steps = [extend(model, piece, states) for piece in pieces if piece.shape[1]]
-    torch.testing.assert_close(torch.cat(steps, 1), full_logits(model, tokens), rtol=1e-4, atol=1e-4)
+def test_prefill_and_decode_equal_the_full_forward(model, inference, length):
+    tokens, cut = tokens_of(length), (length + 1) // 2
+    rows, out = Rows(inference, 2), []
+    for a, e in ((0, cut // 3), (cut // 3, cut)):
+        if e > a:
+            out.append(torch.stack(rows.feed([row[a:e].tolist() for row in tokens])))
+    out += [rows.step(tokens[:, t])[:, None] for t in range(cut, length)]
+    torch.testing.assert_close(torch.cat(out, 1), full_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_ragged_prefill_in_pieces_equals_each_row_alone(model):
-    from based_mp.model.based_model import extend, init_states
-    rows = [tokens_of(n, 1) for n in (1, 40, 90)]
-    states = init_states(model, 3)
+def test_ragged_prefill_in_pieces_equals_each_row_alone(model, inference):
+    sequences = [tokens_of(n, 1) for n in (1, 40, 90)]
+    rows = Rows(inference, 3)
     for start, stop in ((0, 30), (30, 90)):
-        pieces = [row[:, start:stop] for row in rows]
-        bounds = torch.tensor([0, *(p.shape[1] for p in pieces)]).cumsum(0).to(torch.int32)
-        extend(model, torch.cat(pieces, 1), states, bounds)
-    follower = torch.tensor([[5], [7], [9]])
-    logits = extend(model, follower, states)
-    for i, row in enumerate(rows):
-        alone = full_logits(model, torch.cat([row, follower[i : i + 1]], 1))[0, -1]
-        torch.testing.assert_close(logits[i, 0], alone, rtol=1e-4, atol=1e-4)
+        rows.feed([row[0, start:stop].tolist() for row in sequences])
+    follower = torch.tensor([5, 7, 9])
+    logits = rows.step(follower)
+    for i, row in enumerate(sequences):
+        alone = full_logits(model, torch.cat([row, follower[None, i : i + 1]], 1))[0, -1]
+        torch.testing.assert_close(logits[i], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_batches_slots_and_equals_one_by_one(inference):
+    from based_mp.inference.generate import Generator
+    from tests.parity.test_generation import Letters
+    prompts = [tokens_of(n, 1)[0].tolist() for n in (1, 40, 9, 23)]
+    together = Generator(inference, Letters(), max_batch=3).generate(prompts, max_new_tokens=12)
+    for prompt, completion in zip(prompts, together, strict=True):
+        assert Generator(inference, Letters()).generate([prompt], max_new_tokens=12)[0].tokens == completion.tokens
 
 
 def test_packed_training_equals_separate_documents(model):
@@ -82,29 +127,35 @@ def test_every_parameter_gets_a_gradient_and_is_counted(model):
     assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(system_config(kind).model).values())
 
 
-@pytest.mark.parametrize("model", ["gla", "mamba", "h3", "rwkv"], indirect=True)
-def test_the_state_does_not_grow(model):
-    from based_mp.inference.state import map_states
-    from based_mp.model.based_model import extend, init_states
-    states = init_states(model, 2)
-    sizes = []
-    for length in (3, 50):
-        extend(model, tokens_of(length), states)
-        count = []
-        map_states(lambda t, count=count: count.append(t.numel()) or t, states)
-        sizes.append(sum(count))
-    assert sizes[0] == sizes[1]
+@pytest.mark.parametrize("model", SYSTEMS, indirect=True)
+def test_the_state_grows_for_hyena_alone(model, inference, request):
+    from based_mp.evaluation.speed import state_bytes
+    kind = request.node.callspec.params["model"]
+    assert (state_bytes(inference, 200) > state_bytes(inference, 20)) == (kind == "hyena")
+    assert inference.config.keeps_every_token == (kind == "hyena")
 
 
 def test_layers_without_mlp(gloo_process):
-    from based_mp.model.based_model import build_model, extend, init_states
+    from based_mp.model.based_model import build_model
     config = system_config("mamba", model={"ffn_hidden_size": 0})
     model = build_model(config).eval()
     assert not any("mlp" in name for name, _ in model.named_parameters())
     tokens = tokens_of(9)
-    got = torch.cat([extend(model, tokens[:, :5], states := init_states(model, 2)),
-                     extend(model, tokens[:, 5:], states)], 1)
+    rows = Rows(inference_of(model, config), 2)
+    got = torch.cat([torch.stack(rows.feed([row[:5].tolist() for row in tokens])),
+                     torch.stack(rows.feed([row[5:].tolist() for row in tokens]))], 1)
     torch.testing.assert_close(got, full_logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_hyena_refuses_texts_beyond_its_filters(gloo_process):
+    from based_mp.errors import UserError
+    from based_mp.inference.generate import Generator
+    from based_mp.model.based_model import build_model
+    from tests.parity.test_generation import Letters
+    config = system_config("hyena")
+    model = build_model(config).eval()
+    with pytest.raises(UserError, match="at most 256"):
+        Generator(inference_of(model, config), Letters()).generate([[1] * 250], max_new_tokens=7)
 
 
 def test_mixed_layers_and_refusals():
@@ -128,19 +179,20 @@ def test_mixed_layers_and_refusals():
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_bf16_follows_fp32(kind, gloo_process):
-    from based_mp.model.based_model import build_model, extend, forward_loss, init_states
+    from based_mp.model.based_model import build_model, forward_loss
     tokens, losses = tokens_of(40), {}
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(2, 40)}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(5)
-        model = build_model(system_config(kind, model={"init_std": 0.05}, training={"precision": precision}))
+        config = system_config(kind, model={"init_std": 0.05}, training={"precision": precision})
+        model = build_model(config)
         loss = forward_loss(model, batch)
         loss.backward()
         losses[precision] = loss.item()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2)
-    states = init_states(model, 2)
-    steps = [extend(model, tokens[:, :30], states)] + [extend(model, tokens[:, t : t + 1], states)
-                                                       for t in range(30, 40)]
+    rows = Rows(inference_of(model, config), 2)
+    steps = [torch.stack(rows.feed([row[:30].tolist() for row in tokens]))]
+    steps += [rows.step(tokens[:, t])[:, None] for t in range(30, 40)]
     full = full_logits(model, tokens).float()
     assert ((torch.cat(steps, 1).float() - full).norm() / full.norm()).item() < 2e-2

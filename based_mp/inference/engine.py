@@ -1,0 +1,195 @@
+"""Continuous batching: sequences come and go, every step advances all that run by one token."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from based_mp.errors import UserError
+from based_mp.inference.cuda_graph import Decoder
+from based_mp.inference.model import InferenceModel
+from based_mp.inference.sampling import Sampling
+from based_mp.inference.state import SequenceState, StatePool
+
+LAG = 2                          # steps the host stays behind the GPU, so that neither waits for the other
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation. prompt: token ids, after those of `state` where there is one.
+
+    tokens, logprobs: what has come out; finish_reason: "eod", "length", or what `Engine.release` was given.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    state: SequenceState | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    slot: int | None = None
+    launched: int = 0
+
+
+@dataclass
+class _Launched:
+    """A step whose results are on their way to the host."""
+
+    sequences: list[Sequence]
+    tokens: Tensor
+    logprobs: Tensor
+    ready: torch.cuda.Event | None
+
+
+class Engine:
+    """slots: sequences that run at once. length: most tokens of a sequence that full attention keeps.
+
+    prefill_tokens: prompt tokens of one pass through the model; longer prompts go through in several. With tensor
+    parallelism every rank makes the same calls in the same order.
+    """
+
+    def __init__(self, model: InferenceModel, eod: int, *, slots: int, length: int, prefill_tokens: int = 65536,
+                 graphs: bool = True) -> None:
+        self.model, self.eod, self.prefill_tokens = model, eod, prefill_tokens
+        self.pool: StatePool = model.new_pool(slots, length)
+        self.decoder = Decoder(model, self.pool, graphs=graphs)
+        self.free = list(range(slots))[::-1]
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._launched: deque[_Launched] = deque()
+        self._rows: list[Sequence] = []
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises UserError where full attention or Hyena cannot keep all its tokens."""
+        seen = sequence.state.position if sequence.state else 0
+        total = seen + max(1, len(sequence.prompt)) + sequence.sampling.max_new_tokens
+        config, limit = self.model.config, self.pool.length
+        if "hyena" in config.mixers:
+            limit = min(limit, config.hyena.filter_length)
+        if total > limit and config.keeps_every_token:
+            raise UserError(f"the prompt and max_new_tokens are {total} tokens together, and at most {limit} are kept: "
+                            "shorten one of them")
+        self.waiting.append(sequence)
+
+    def release(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence, waiting or running, and free its slot."""
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self.free.append(sequence.slot)            # later work on the slot queues behind what runs on the device
+            sequence.slot = None
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running or self._launched)
+
+    @torch.no_grad()
+    def step(self) -> list[Sequence]:
+        """Admit, launch one step, and take in what is ready. Returns the sequences that got a token or ended."""
+        self._admit()
+        rows = [s for s in self.running if s.launched < s.sampling.max_new_tokens]
+        if rows:
+            if rows != self._rows:
+                self.decoder.set_rows([s.slot for s in rows])
+                self._rows = rows
+            self._launch(rows, *self.decoder.step())
+        lag = LAG if rows and self.model.device.type == "cuda" else 0
+        touched: list[Sequence] = []
+        while len(self._launched) > lag:
+            touched += self._collect(self._launched.popleft())
+        return touched
+
+    def _launch(self, sequences: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
+        """Send a step's results to the host without waiting."""
+        ready = None
+        if tokens.is_cuda:
+            tokens, logprobs = ((torch.empty(x.shape, dtype=x.dtype, pin_memory=True)).copy_(x, non_blocking=True)
+                                for x in (tokens, logprobs))
+            ready = torch.cuda.Event()
+            ready.record()
+        for sequence in sequences:
+            sequence.launched += 1
+        self._launched.append(_Launched(sequences, tokens, logprobs, ready))
+
+    def _collect(self, launched: _Launched) -> list[Sequence]:
+        if launched.ready is not None:
+            launched.ready.synchronize()
+        touched = []
+        values = zip(launched.sequences, launched.tokens.tolist(), launched.logprobs.tolist(), strict=True)
+        for sequence, token, logprob in values:
+            if sequence.finish_reason is not None:     # ended after this step was launched
+                continue
+            touched.append(sequence)
+            if token == self.eod:
+                self.release(sequence, "eod")
+                continue
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            if len(sequence.tokens) == sequence.sampling.max_new_tokens:
+                self.release(sequence, "length")
+        return touched
+
+    def _admit(self) -> None:
+        """Give free slots to waiting sequences, run their prompts, and choose their first tokens."""
+        admitted: list[Sequence] = []
+        while self.waiting and self.free:
+            sequence = self.waiting.popleft()
+            sequence.slot = self.free.pop()
+            admitted.append(sequence)
+        if not admitted:
+            return
+        logits = self.prefill(admitted)
+        slots, options = [s.slot for s in admitted], [s.sampling for s in admitted]
+        self.pool.set_sampling(slots, [o.temperature for o in options], [o.top_k or 0 for o in options],
+                               [1.0 if o.top_p is None else o.top_p for o in options], [o.seed for o in options])
+        rows = torch.tensor(slots, dtype=torch.int32, device=self.model.device)
+        self.running += admitted
+        self._launch(admitted, *self.model.ops.sample(logits, self.pool, rows, 0))
+
+    def prefill(self, sequences: list[Sequence]) -> Tensor:
+        """Put the states and prompts of sequences into their slots. Returns the logits after each [n, padded vocab]."""
+        self.pool.reset([s.slot for s in sequences])
+        after: list[Tensor | None] = [None] * len(sequences)
+        left = []                                      # (sequence, tokens to run, tokens seen)
+        for i, sequence in enumerate(sequences):
+            seen, prompt = 0, sequence.prompt
+            if sequence.state is not None:
+                self.pool.write(sequence.slot, sequence.state)
+                seen, after[i] = sequence.state.position, sequence.state.logits.to(self.model.device)
+            elif not prompt:
+                prompt = [self.eod]                    # an empty prompt starts a document
+            if prompt:
+                left.append((i, prompt, seen))
+        while left:
+            pieces, budget, rest = [], self.prefill_tokens, []
+            for i, prompt, seen in left:
+                cut = len(prompt) > self.prefill_tokens            # others run whole, in a later pass if need be
+                now = prompt[:budget] if cut or len(prompt) <= budget else []
+                budget -= len(now)
+                if now:
+                    pieces.append((i, now, seen))
+                if len(now) < len(prompt):
+                    rest.append((i, prompt[len(now) :], seen + len(now)))
+            logits = self.model.prefill(self.pool, [now for _, now, _ in pieces],
+                                        [sequences[i].slot for i, _, _ in pieces], [seen for *_, seen in pieces])
+            for row, (i, *_) in enumerate(pieces):
+                after[i] = logits[row]
+            left = rest
+        return torch.stack(after)
+
+    def state_of(self, prompt: list[int], state: SequenceState | None = None) -> SequenceState:
+        """The state after a prompt (after another state), as a value; borrows a free slot."""
+        if not self.free:
+            raise UserError("all slots are taken: wait until one is free")
+        sequence = Sequence(prompt, Sampling(), state)
+        sequence.slot = self.free[-1]
+        logits = self.prefill([sequence])
+        seen = (state.position if state else 0) + (len(prompt) if prompt or state else 1)
+        return self.pool.read(sequence.slot, seen, logits[0])

@@ -1,0 +1,298 @@
+"""A trained model's weights as inference runs them: packed prompts, or one token of every row, on states in slots.
+
+The weights are the trained parameters themselves, by their names; nothing is copied. Tensor parallel as the training
+layers are: column-parallel into a mixer or MLP, row-parallel and a sum over the ranks out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from based_mp.config import ModelConfig
+from based_mp.inference.state import StatePool
+from based_mp.model.mixer import RowMixer
+from based_mp.ops import backends
+from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention
+from based_mp.ops.reference import taylor_feature_dim
+from based_mp.ops.window_attention import causal_attention, rope_frequency
+
+
+@dataclass
+class Rows:
+    """One new token of every row. slots: int32 [n]; rotation: fp32 [n, 2, half] of the tokens' positions."""
+
+    pool: StatePool
+    slots: Tensor
+    rotation: Tensor
+
+
+class Pack:
+    """Pieces of several sequences laid end to end; no piece is empty, no slot occurs twice.
+
+    slots, starts, lengths: of each piece its slot, the tokens that its slot has seen, its own tokens.
+    """
+
+    def __init__(self, pool: StatePool, slots: list[int], starts: list[int], lengths: list[int],
+                 frequency: Tensor, ops: object) -> None:
+        device = pool.positions.device
+        self.pool, self.starts, self.lengths, self.fresh = pool, starts, lengths, not any(starts)
+        self.slot_list, self.slots = slots, torch.tensor(slots, device=device)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        self.bounds = bounds.to(device, torch.int32)
+        self.last = (bounds[1:] - 1).to(device)                       # last token of every piece
+        self._ends = torch.tensor(starts) + torch.tensor(lengths)
+        self._document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        self._positions = (torch.tensor(starts) - bounds[:-1])[self._document] + torch.arange(int(bounds[-1]))
+        self.ends = self._ends.to(device, torch.int32)                # tokens every slot has seen after the pack
+        self.rotation = ops.rotations(self._positions.to(device), frequency)
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens that a ring of `capacity` still holds at the end, their slots, their places in the ring)."""
+        if capacity not in self._kept:                                # on the host: its size must not be waited for
+            tokens = (self._ends[self._document] - self._positions <= capacity).nonzero()[:, 0]
+            slots = torch.tensor(self.slot_list)[self._document[tokens]]
+            kept = (tokens, slots, self._positions[tokens] % capacity)
+            self._kept[capacity] = tuple(t.to(self.slots.device) for t in kept)
+        return self._kept[capacity]
+
+
+class ConvMixer:
+    """Gated short convolution. Its state: the last taps − 1 inputs of the convolution."""
+
+    def __init__(self, w: dict[str, Tensor], ops: object) -> None:
+        self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
+        self.bias, self.conv, self.out_bias, self.ops = w["linear_in.bias"], w["conv_weight"], w["out_bias"], ops
+
+    def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
+        channels, taps = self.conv.shape
+        return {"carry": self.conv.new_zeros(slots, taps - 1, channels)}
+
+    def step(self, x: Tensor, rows: Rows, carry: Tensor) -> Tensor:
+        return self.ops.conv_step(x, self.bias, self.conv, rows.slots, carry)
+
+    def prefill(self, x: Tensor, pack: Pack, carry: Tensor) -> Tensor:
+        y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, carry[pack.slots])
+        return y
+
+
+class TaylorMixer:
+    """Taylor linear attention. Its state: Σ φ(k) vᵀ and Σ φ(k) of every head over the distinct features, fp32."""
+
+    def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, tp_rank: int, tp_size: int) -> None:
+        self.linear_in, self.linear_out, self.out_bias = w["linear_in.weight"], w["linear_out.weight"], None
+        self.ops, self.feature_dim, self.head_dim = ops, config.feature_dim, config.head_dim
+        self.heads = config.num_heads // tp_size
+        self.decay = None
+        if config.decay_exponent is not None:
+            self.decay = torch.tensor(log_decay(config.decay_exponent, tp_rank * self.heads, self.heads),
+                                      device=self.linear_in.device)
+
+    def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
+        features = taylor_feature_dim(self.feature_dim)
+        empty = {"dtype": torch.float32, "device": self.linear_in.device}
+        return {"kv": torch.zeros(slots, self.heads, features, self.head_dim, **empty),
+                "z": torch.zeros(slots, self.heads, features, **empty)}
+
+    def step(self, x: Tensor, rows: Rows, kv: Tensor, z: Tensor) -> Tensor:
+        return self.ops.taylor_step_(x, rows.slots, kv, z, self.decay, self.feature_dim)
+
+    def prefill(self, x: Tensor, pack: Pack, kv: Tensor, z: Tensor) -> Tensor:
+        f, heads = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
+        before = None if pack.fresh else TaylorState(kv[pack.slots], z[pack.slots])
+        o, after = taylor_linear_attention(heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :], decay=self.decay,
+                                           initial_state=before, return_state=True, cu_seqlens=pack.bounds)
+        kv[pack.slots], z[pack.slots] = after.kv, after.z
+        return o[0].flatten(1)
+
+
+class SoftmaxMixer:
+    """Softmax attention with RoPE. Its state: a ring of the window's keys and values, or of all of them."""
+
+    def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, window: int | None,
+                 tp_size: int) -> None:
+        self.linear_in, self.linear_out, self.out_bias = w["linear_in.weight"], w["linear_out.weight"], None
+        self.ops, self.window, self.head_dim = ops, window, config.head_dim
+        self.heads, self.padded = config.num_heads // tp_size, -(-config.head_dim // 8) * 8
+
+    def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
+        shape = (slots, self.heads, length if self.window is None else self.window, self.padded)
+        return {"keys": self.linear_in.new_zeros(shape), "values": self.linear_in.new_zeros(shape)}
+
+    def step(self, x: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+        return self.ops.attention_step(x, rows.slots, rows.pool.positions, rows.rotation, keys, values, self.head_dim)
+
+    def prefill(self, x: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = self.ops.rope_run(x, pack.rotation, self.heads, self.head_dim, self.padded)
+        if pack.fresh:
+            longest = max(pack.lengths)
+            o = causal_attention(q[None], k[None], v[None], window=self.window, cu_seqlens=pack.bounds,
+                                 longest=(longest, longest))
+        else:
+            o = self._continue(q, k, v, pack, keys, values)
+        tokens, slots, ring = pack.kept(keys.shape[2])
+        whole = tokens.shape[0] == k.shape[0]
+        for buffer, new in ((keys, k), (values, v)):
+            buffer[slots, :, ring] = new if whole else new[tokens]
+        return o[0, :, :, : self.head_dim].flatten(1)
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+        """Every piece after the keys that its first token still sees."""
+        capacity = keys.shape[2]
+        history = [start if self.window is None else min(start, self.window - 1) for start in pack.starts]
+        parts: list[list[Tensor]] = [[], []]
+        pieces = zip(pack.slot_list, pack.starts, history, k.split(pack.lengths), v.split(pack.lengths), strict=True)
+        for slot, start, n, *new in pieces:
+            ring = torch.arange(start - n, start, device=q.device) % capacity
+            for part, buffer, own in zip(parts, (keys, values), new, strict=True):
+                part += [buffer[slot][:, ring].transpose(0, 1), own]
+        totals = [n + own for n, own in zip(history, pack.lengths, strict=True)]
+        bounds = torch.tensor([0, *totals]).cumsum(0).to(q.device, torch.int32)
+        return causal_attention(q[None], torch.cat(parts[0])[None], torch.cat(parts[1])[None], window=self.window,
+                                cu_seqlens=pack.bounds, cu_seqlens_k=bounds,
+                                longest=(max(pack.lengths), max(totals)))
+
+
+class ModuleMixer:
+    """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
+
+    def __init__(self, module: RowMixer, dtype: torch.dtype) -> None:
+        self.module, self.dtype, self.linear_out, self.out_bias = module, dtype, module.linear_out.weight, None
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.module.project(x[None])[0]
+
+    def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
+        state = self.module.init_state(slots, self.linear_out.device, self.dtype, length)
+        self.kind = type(state)
+        return vars(state)
+
+    def step(self, x: Tensor, rows: Rows, **buffers: Tensor) -> Tensor:
+        return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers)
+
+    def prefill(self, x: Tensor, pack: Pack, **buffers: Tensor) -> Tensor:
+        return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
+                             buffers)
+
+    def _on_rows(self, run: Callable[[Any], Tensor], slots: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        state = self.kind(**{name: buffer[slots] for name, buffer in buffers.items()})
+        y = run(state)
+        for name, buffer in buffers.items():
+            buffer[slots] = getattr(state, name).to(buffer.dtype)
+        return y
+
+
+Mixer = ConvMixer | TaylorMixer | SoftmaxMixer | ModuleMixer
+
+
+@dataclass
+class Layer:
+    """mlp_norm, fc1, fc2: None in layers without MLP."""
+
+    norm: Tensor
+    mixer: Mixer
+    mlp_norm: Tensor | None
+    fc1: Tensor | None
+    fc2: Tensor | None
+
+
+class InferenceModel:
+    """`prefill` and `step` of one model, on the device its parameters are on, after the process groups are there."""
+
+    def __init__(self, module: torch.nn.Module, config: ModelConfig) -> None:
+        w = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        self.config = config
+        self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.embedding = w["embedding.word_embeddings.weight"]
+        self.head = self.embedding if config.tie_embeddings else w["output_layer.weight"]
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.residual_dtype = torch.float32 if config.fp32_residual else self.dtype
+        self.ops = backends.decode_ops(self.embedding, config, self.tp_size)
+        self.layers = [self._layer(w, f"decoder.layers.{i}.", kind, module.decoder.layers[i].self_attention)
+                       for i, kind in enumerate(config.mixers)]
+        self.norm = w["decoder.final_layernorm.weight"]
+        half = int(config.head_dim * config.rotary_fraction) // 2
+        self.frequency = rope_frequency(half, config.rotary_base, self.device)
+
+    def _layer(self, w: dict[str, Tensor], prefix: str, kind: str, module: torch.nn.Module) -> Layer:
+        inner = prefix + "self_attention."
+        own = {name.removeprefix(inner): weight for name, weight in w.items() if name.startswith(inner)}
+        if kind == "gated_conv":
+            mixer: Mixer = ConvMixer(own, self.ops)
+        elif kind == "linear_attention":
+            mixer = TaylorMixer(own, self.ops, self.config, self.tp_rank, self.tp_size)
+        elif isinstance(module, RowMixer):
+            mixer = ModuleMixer(module, self.dtype)
+        else:
+            window = self.config.window if kind == "sliding_attention" else None
+            mixer = SoftmaxMixer(own, self.ops, self.config, window, self.tp_size)
+        mlp = (w.get(prefix + name) for name in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight",
+                                                 "mlp.linear_fc2.weight"))
+        return Layer(w[prefix + "input_layernorm.weight"], mixer, *mlp)
+
+    def new_pool(self, slots: int, length: int) -> StatePool:
+        """Empty states for `slots` sequences; `length`: most tokens of a sequence that full attention keeps."""
+        return StatePool([layer.mixer.buffers(slots, length) for layer in self.layers], slots, length,
+                         self.config.vocab_size, self.device)
+
+    @torch.no_grad()
+    def step(self, pool: StatePool, slots: Tensor) -> Tensor:
+        """Logits [n, padded vocab] after each slot's last token (pool.tokens); slots int32 [n]. States advance."""
+        residual, rotation = self.ops.embed_step(pool, slots, self.embedding, self._first_id, self.residual_dtype,
+                                                 self.frequency)
+        rows = Rows(pool, slots, rotation)
+        return self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.step(x, rows, **state))
+
+    @torch.no_grad()
+    def prefill(self, pool: StatePool, tokens: list[list[int]], slots: list[int], starts: list[int], *,
+                every: bool = False) -> Tensor:
+        """Feed each of these slots its tokens. Returns logits after each piece [pieces, padded vocab].
+
+        starts: tokens that each slot has seen. every: logits after every token [all tokens, padded vocab] instead.
+        """
+        ids = torch.tensor([token for piece in tokens for token in piece], device=self.device)
+        pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.frequency, self.ops)
+        residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
+        logits = self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.prefill(x, pack, **state),
+                           None if every else pack.last)
+        pool.positions[pack.slots] = pack.ends
+        return logits
+
+    @property
+    def _first_id(self) -> int:
+        return self.tp_rank * self.embedding.shape[0]
+
+    def _run(self, residual: Tensor, pool: StatePool, mix: object, last: Tensor | None = None) -> Tensor:
+        ops, eps, out, bias = self.ops, self.config.norm_eps, None, None
+        for layer, state in zip(self.layers, pool.buffers, strict=True):
+            if isinstance(layer.mixer, ModuleMixer):
+                x = layer.mixer.project(ops.add_norm(residual, out, bias, layer.norm, eps))
+            else:
+                x = ops.norm_linear(residual, out, bias, layer.norm, eps, layer.mixer.linear_in)
+            out, bias = self._out(mix(layer, x, state), layer.mixer.linear_out, layer.mixer.out_bias, residual)
+            if layer.fc1 is not None:
+                x = ops.norm_linear(residual, out, bias, layer.mlp_norm, eps, layer.fc1, swiglu=True)
+                out, bias = self._out(x, layer.fc2, None, residual)
+        if last is not None:
+            residual, out = residual[last], None if out is None else out[last]
+        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, out, bias, self.norm, eps, self.head))
+
+    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, ...]:
+        """What the next norm adds to the residual stream, and its bias."""
+        if self.tp_size == 1:
+            return self.ops.linear_add(x, weight, bias, residual)
+        return self._sum(self.ops.linear(x, weight)), bias
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return reduce_from_tensor_model_parallel_region(x) if self.tp_size > 1 else x

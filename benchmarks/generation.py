@@ -1,0 +1,246 @@
+"""Speed of generation, BASED against softmax attention in the same engine, after a correctness gate.
+
+    python benchmarks/generation.py [--quick] [--json FILE]
+
+Random weights of the named configurations, bf16, one GPU. Decoding is timed over whole steps, with the choice of the
+token; batch_128 and batch_1 run through the engine, host included, and the sweep replays graphs. The byte floor of a
+step is what it must move, weights once and states read and written once, at the nominal 3.35 TB/s of an H100. Attention
+has its keys and values in static buffers, the same kernels around it, and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from based_mp.config import ModelConfig, load_config
+from based_mp.inference.cuda_graph import Decoder
+from based_mp.inference.engine import Engine, Sequence
+from based_mp.inference.model import InferenceModel
+from based_mp.inference.sampling import Sampling
+from based_mp.model.based_model import build_model
+from based_mp.ops import backends
+from based_mp.ops.reference import taylor_feature_dim
+from based_mp.parallel import state
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BANDWIDTH = 3.35e12              # bytes a second, nominal, H100 SXM
+MEMORY_SHARE = 0.9               # of the GPU's memory for weights and states; the rest is work space
+EOD = -1                         # no token ends a sequence here
+BATCHES = {"based": [128, 256, 512, 1024, 2048, 4096], "attention": [8, 16, 32, 48, 64]}
+
+
+def state_bytes(model: ModelConfig, position: int) -> tuple[int, int]:
+    """Bytes of one sequence's states that a step at `position` reads, and that it writes."""
+    read = written = 0
+    for kind in model.mixers:
+        if kind == "linear_attention":
+            own = model.num_heads * taylor_feature_dim(model.feature_dim) * (model.head_dim + 1) * 4
+            read, written = read + own, written + own
+        elif kind == "gated_conv":
+            own = (model.conv_kernel - 1) * 2 * model.d_model * 2
+            read, written = read + own, written + own
+        else:
+            seen = min(position, model.window - 1) if kind == "sliding_attention" else position
+            read, written = read + seen * 2 * model.d_model * 2, written + 2 * model.d_model * 2
+    return read, written
+
+
+def floor_ms(model: InferenceModel, weights: int, batch: int, position: int) -> float:
+    return (weights + batch * sum(state_bytes(model.config, position))) / BANDWIDTH * 1e3
+
+
+def load(name: str) -> tuple[torch.nn.Module, InferenceModel, int]:
+    """The training module, its inference model, and the bytes of the weights."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    module = build_model(config).eval()
+    return module, InferenceModel(module, config.model), sum(p.numel() * 2 for p in module.parameters())
+
+
+def gate(module: torch.nn.Module, model: InferenceModel, length: int = 640) -> dict[str, float]:
+    """Prefill and decode against the full forward at every position; graph against eager, bitwise."""
+    tokens = torch.randint(0, model.config.vocab_size, (2, length), device="cuda")
+    with torch.no_grad():
+        full = module(tokens, torch.zeros_like(tokens), None).float()
+    pool, slots, cut = model.new_pool(4, 1024), [2, 0], length // 2
+    pool.reset(slots)
+    rows = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    got = [model.prefill(pool, [t[:cut].tolist() for t in tokens], slots, [0, 0], every=True).view(2, cut, -1)]
+    for t in range(cut, length):
+        pool.tokens[rows.long()] = tokens[:, t].int()
+        got.append(model.step(pool, rows)[:, None])
+        pool.positions[rows.long()] += 1
+    got = torch.cat(got, 1).float()[..., : model.config.vocab_size]
+    full = full[..., : model.config.vocab_size]
+    difference = (got - full).square().mean().sqrt()
+    error = (difference / full.std()).item()
+    best, choice = full.argmax(-1, keepdim=True), got.argmax(-1, keepdim=True)
+    agreement = (best == choice).float().mean().item()
+    # Random weights leave many near ties: a choice counts where the full forward prefers another by less than the
+    # difference between two bf16 runs can be.
+    near = (full.gather(-1, best) - full.gather(-1, choice) < 4 * difference).float().mean().item()
+    runs = []
+    for graphs in (False, True):
+        engine = Engine(model, EOD, slots=4, length=1024, graphs=graphs)
+        runs.append([Sequence([7 * i + 1] * (i + 3), Sampling(24, 0.8 * (i % 2), None, 0.9, i)) for i in range(4)])
+        for sequence in runs[-1]:
+            engine.submit(sequence)
+        while not engine.idle:
+            engine.step()
+    bitwise = all(a.tokens == b.tokens and a.logprobs == b.logprobs for a, b in zip(*runs, strict=True))
+    result = {"relative_error": error, "argmax_agreement": agreement, "agreement_beyond_noise": near,
+              "graph_equals_eager": bitwise}
+    print("gate:", result, flush=True)
+    if not (error < 0.04 and near >= 0.995 and bitwise):
+        raise SystemExit(f"wrong results, nothing timed: {result}")
+    return result
+
+
+def median_ms(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def filled_pool(model: InferenceModel, batch: int, position: int, spare: int):
+    """States of `batch` sequences as if they had seen `position` tokens (of which 16 are real)."""
+    pool = model.new_pool(batch, position + spare)
+    for first in range(0, batch, 512):
+        slots = list(range(first, min(first + 512, batch)))
+        model.prefill(pool, [[(s * 31 + i) % 50000 for i in range(16)] for s in slots], slots, [0] * len(slots))
+    pool.positions.fill_(position)
+    return pool
+
+
+def step_ms(model: InferenceModel, batch: int, position: int, steps: int = 24) -> float:
+    """Milliseconds of a decoding step as a graph, at about this position."""
+    pool = filled_pool(model, batch, position, steps * 2 + 16)
+    decoder = Decoder(model, pool)
+    decoder.set_rows(list(range(batch)))
+    for _ in range(3):
+        decoder.step()
+    return median_ms(lambda: [decoder.step() for _ in range(steps // 3)], 3) / (steps // 3)
+
+
+def engine_run(model: InferenceModel, batch: int, new: int) -> float:
+    """Seconds for `new` tokens of each of `batch` short prompts through the engine."""
+    engine = Engine(model, EOD, slots=batch, length=new + 32)
+
+    def run(tokens: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(batch):
+            engine.submit(Sequence([(i * 97 + j) % 50000 for j in range(16)], Sampling(tokens, 0.8, None, None, i)))
+        while not engine.idle:
+            engine.step()
+        return time.perf_counter() - start
+    run(4)                                             # captures the graph
+    return run(new)
+
+
+def prefill_ms(model: InferenceModel, batch: int, length: int) -> float:
+    """Milliseconds to put `batch` prompts of `length` tokens into their slots."""
+    engine = Engine(model, EOD, slots=batch, length=length + 16)
+    prompts = torch.randint(0, 50000, (batch, length)).tolist()
+    sequences = [Sequence(prompt, Sampling(), slot=i) for i, prompt in enumerate(prompts)]
+    engine.prefill(sequences)
+    return median_ms(lambda: engine.prefill(sequences), 3)
+
+
+def sweep(kind: str, model: InferenceModel, weights: int, context: int, batches: list[int]) -> list[dict[str, float]]:
+    """Throughput by batch size at a context length, as far as memory goes."""
+    rows, memory = [], torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE
+    for batch in batches:
+        one = sum(t.numel() * t.element_size() for layer in model.layers
+                  for t in layer.mixer.buffers(1, context + 64).values())
+        if weights + batch * (one + 3 * 2 * model.config.padded_vocab_size) > memory:
+            break
+        ms = step_ms(model, batch, context)
+        floor = floor_ms(model, weights, batch, context)
+        rows.append({"batch": batch, "ms": ms, "tokens_per_ms": batch / ms, "share_of_floor": floor / ms})
+        print(f"{kind}: batch {batch:5d} at {context}: {ms:7.3f} ms a step, {batch / ms:7.2f} tok/ms, "
+              f"floor {floor:.3f} ms ({floor / ms:.0%})", flush=True)
+        free()
+    return rows
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
+    module, model, weights = load(name)
+    if model.ops.__name__.endswith("decode_torch"):
+        raise SystemExit(f"error: the kernels cannot run {name}: see the warning above")
+    result: dict[str, object] = {"configuration": name, "weight_bytes": weights, "gate": gate(module, model)}
+    del module
+    free()
+    new = 256 if quick else 1024
+    seconds = engine_run(model, 128, new)
+    floor = sum(floor_ms(model, weights, 128, 16 + i) for i in range(new)) / new
+    result["batch_128"] = {"new_tokens": new, "tokens_per_ms": 128 * new / seconds / 1e3, "ms": seconds / new * 1e3,
+                           "floor_ms": floor, "share_of_floor": floor * new / seconds / 1e3}
+    free()
+    seconds = engine_run(model, 1, 256)
+    floor = sum(floor_ms(model, weights, 1, 16 + i) for i in range(256)) / 256
+    result["batch_1"] = {"ms": seconds / 256 * 1e3, "floor_ms": floor}
+    free()
+    print(kind, json.dumps({k: result[k] for k in ("batch_128", "batch_1")}), flush=True)
+    result["prefill_4096_x_16_ms"] = prefill_ms(model, 16, 4096)
+    free()
+    print(kind, "prefill 4096 x 16:", result["prefill_4096_x_16_ms"], "ms", flush=True)
+    batches = BATCHES[kind][:3] if quick else BATCHES[kind]
+    result["sweep_4096"] = sweep(kind, model, weights, 4096, batches)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and batch sizes")
+    parser.add_argument("--json", help="append the record to this file, one line a run")
+    parser.add_argument("--commit", help="commit to record (default: git's)")
+    args = parser.parse_args()
+    if backends.extension() is None or not torch.cuda.is_available():
+        raise SystemExit("error: needs a Hopper GPU and the compiled kernels (BASED_MP_CUDA=1 pip install -e .)")
+    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                                           text=True).stdout.strip()
+    state.initialize(device="cuda")
+    record: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    record["based"] = measure("based", "based_1.3b_window64", args.quick)
+    free()
+    record["attention"] = measure("attention", "attention_1.3b", args.quick)
+    free()
+    based, attention = (max(row["tokens_per_ms"] for row in record[k]["sweep_4096"]) for k in ("based", "attention"))
+    record["best_ratio_4096"] = based / attention
+    ratio = record["attention"]["prefill_4096_x_16_ms"] / record["based"]["prefill_4096_x_16_ms"]
+    record["prefill_ratio"] = ratio
+    if not args.quick:
+        _, model, _ = load("based_360m_window64")
+        record["prefill_360m_8000_x_64_ms"] = prefill_ms(model, 64, 8000)
+    print(json.dumps(record, indent=1))
+    if args.json:
+        with open(args.json, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    state.destroy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+// Launchers of the generation kernels: one new token of every row, on states that live in slots of fixed size.
+//
+// slots [rows]: the slot of each row, or -1 for a row without a sequence, whose states and outputs are left alone.
+// Activations are bf16 and contiguous; `residual` is bf16, or fp32 where fp32_residual. Every launcher returns a CUDA error.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+// residual[row] = table[tokens[slot] - first], or 0 outside this rank's `count` rows of the table; and the row's rotation
+// [2, half], cos and sin of positions[slot] * frequency.
+int decode_embed(const int* tokens, const int* positions, const int* slots, const void* table, void* residual, int fp32_residual,
+                 int rows, int width, int first, int count, const float* frequency, float* rotation, int half, void* stream);
+// residual += out + bias (where given); y = residual / rms(residual) * weight. Any number of rows.
+int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, const void* weight, void* y, float eps,
+                    int rows, int width, void* stream);
+// y[:, i] = silu(x[:, i]) * x[:, width + i], x [rows, 2 width]. Any number of rows.
+int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream);
+// y = x W^T for at most 8 rows, W [columns, inner]. With norm_weight x is `residual`, normalised on the way in; with `swiglu`
+// W is [gate; up] and y [rows, columns / 2]; with add_to, y + bias goes there (residual dtype) and y is null.
+int decode_linear(const void* x, const void* weight, void* y, const void* norm_weight, float eps, void* add_to, const void* bias,
+                  int fp32_residual, int swiglu, int rows, int columns, int inner, void* stream);
+// Gated convolution, x [rows, 2 channels] without its bias [2 channels], carry [slots, taps - 1, channels] shifts in place.
+int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows, int channels,
+                int taps, void* stream);
+// Taylor linear attention, x [rows, heads, (q | k | v)], kv [slots, heads, D, head_dim] and z [slots, heads, D] fp32 in place;
+// decay [heads]: factor a token, or null.
+int decode_taylor(const void* x, const int* slots, float* kv, float* z, const float* decay, void* o, int rows, int heads, int features,
+                  int head_dim, float scale, void* stream);
+// Softmax attention, x [rows, heads, (q | k | v)], over rings keys, values [slots, heads, capacity, padded] of rotated keys.
+// partial: [rows, heads, splits, padded + 2] fp32 work space where splits > 1.
+int decode_attention(const void* x, const int* slots, const int* positions, const float* rotation, void* keys, void* values,
+                     float* partial, void* o, int rows, int heads, int head_dim, int padded, int half, int capacity, int splits,
+                     float scale, void* stream);
+// Packed q, k (rotated), v [tokens, heads, padded] from x [tokens, heads, (q | k | v)] and rotation [tokens, 2, half]; q is
+// multiplied by q_factor.
+int prefill_rope(const void* x, const float* rotation, void* q, void* k, void* v, int64_t tokens, int heads, int head_dim, int padded,
+                 int half, float q_factor, void* stream);
+// The next token of every row from logits [rows, stride] (the first `vocab` count), see decode_sample.cu; tokens and
+// positions are per slot, positions advance by `advance`; chosen [rows] and logprob [rows] are for the host.
+int decode_sample(const void* logits, const int* slots, int* tokens, int* positions, const float* temperature, const int* top_k,
+                  const float* top_p, const int64_t* seeds, int* chosen, float* logprob, int rows, int64_t stride, int vocab,
+                  int advance, void* stream);
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,186 @@
+// Softmax attention of one new token a row over a ring of keys and values (Su et al. 2021 for the rotation). The token at
+// position t lies at t mod capacity, so a ring of `window` entries is a sliding window, and one of the longest length is full
+// attention. A block has one head of one row, or one of `splits` parts of its keys, which a second kernel puts together. A
+// key is shared by L lanes, eight dimensions each; groups of lanes take every G-th key with a running maximum of their own.
+#include "decode_common.cuh"
+using namespace decode;
+
+constexpr int kThreads = 128, kUnroll = 4;
+
+// Element i of a rotated head: the half-split layout on the first 2 * half dimensions.
+__device__ __forceinline__ float rotated(const bf16* x, const float* cosine, int i, int half) {
+    const float own = __bfloat162float(x[i]);
+    if (i >= 2 * half) return own;
+    const int f = i < half ? i : i - half;
+    const float other = __bfloat162float(x[i < half ? i + half : f]);
+    return rounded(own * cosine[f] + (i < half ? -other : other) * cosine[half + f]);
+}
+
+struct Attention {
+    const bf16* x;
+    const int *slots, *positions;
+    const float* rotation;
+    bf16 *keys, *values;
+    float* partial;
+    bf16* o;
+    int heads, head_dim, padded, half, capacity, splits;
+    float scale;                                 // times log2(e)
+};
+
+template <int L>
+__global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant__ Attention p) {
+    constexpr int Groups = kThreads / L, Width = L * 8;
+    __shared__ __align__(16) float q[Width];
+    __shared__ __align__(16) bf16 k_new[Width], v_new[Width];
+    __shared__ float maxima[Groups], sums[Groups], outputs[Groups][Width + 1];
+    let_next_start();
+    wait_for_previous();
+    const int row = blockIdx.x / p.heads, head = blockIdx.x % p.heads, split = blockIdx.y, slot = p.slots[row];
+    if (slot < 0) return;
+    const int position = p.positions[slot], count = min(position + 1, p.capacity), own = position % p.capacity;
+    const bf16* in = p.x + ((int64_t)row * p.heads + head) * 3 * p.head_dim;
+    const float* cosine = p.rotation + (int64_t)row * 2 * p.half;
+    const int64_t ring = ((int64_t)slot * p.heads + head) * p.capacity * p.padded;
+    for (int i = threadIdx.x; i < Width; i += kThreads) {
+        const bool real = i < p.head_dim;
+        q[i] = real ? rotated(in, cosine, i, p.half) * p.scale : 0.f;
+        k_new[i] = __float2bfloat16(real ? rotated(in + p.head_dim, cosine, i, p.half) : 0.f);
+        v_new[i] = real ? in[2 * p.head_dim + i] : __float2bfloat16(0.f);
+    }
+    __syncthreads();
+    const int group = threadIdx.x / L, lane = threadIdx.x % L;
+    const bool inside = lane * 8 < p.padded;
+    const uint4* k = (const uint4*)(p.keys + ring) + lane;
+    const uint4* v = (const uint4*)(p.values + ring) + lane;
+    const int vectors = p.padded / 8, share = (count + p.splits - 1) / p.splits;
+    const int begin = split * share, end = min(begin + share, count);
+    float query[8], sum[8] = {}, largest = -INFINITY, total = 0.f;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) query[i] = q[lane * 8 + i];
+    for (int base = begin; base < end; base += Groups * kUnroll) {
+        uint4 keys[kUnroll], values[kUnroll];
+        float score[kUnroll];
+        #pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int j = base + u * Groups + group;
+            keys[u] = values[u] = make_uint4(0, 0, 0, 0);
+            if (j == own) {                                        // not in the ring yet
+                keys[u] = ((const uint4*)k_new)[lane];
+                values[u] = ((const uint4*)v_new)[lane];
+            } else if (j < end && inside) {
+                keys[u] = __ldcs(k + (int64_t)j * vectors);
+                values[u] = __ldcs(v + (int64_t)j * vectors);
+            }
+        }
+        float peak = largest;
+        #pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            float x[8], dot = 0.f;
+            unpack(keys[u], x);
+            #pragma unroll
+            for (int i = 0; i < 8; ++i) dot += query[i] * x[i];
+            #pragma unroll
+            for (int d = L / 2; d; d /= 2) dot += __shfl_xor_sync(~0u, dot, d);
+            score[u] = base + u * Groups + group < end ? dot : -INFINITY;
+            peak = fmaxf(peak, score[u]);
+        }
+        if (peak > -INFINITY) {                                    // the same for the lanes of a group
+            const float shrink = exp2f(largest - peak);
+            largest = peak;
+            total *= shrink;
+            #pragma unroll
+            for (int i = 0; i < 8; ++i) sum[i] *= shrink;
+            #pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                const float weight = exp2f(score[u] - peak);
+                float x[8];
+                unpack(values[u], x);
+                total += weight;
+                #pragma unroll
+                for (int i = 0; i < 8; ++i) sum[i] += weight * x[i];
+            }
+        }
+        __syncwarp();
+    }
+    if (own >= begin && own < end && group == 0 && inside) {       // the split that has the token keeps it
+        ((uint4*)(p.keys + ring))[(int64_t)own * vectors + lane] = ((const uint4*)k_new)[lane];
+        ((uint4*)(p.values + ring))[(int64_t)own * vectors + lane] = ((const uint4*)v_new)[lane];
+    }
+    if (lane == 0) { maxima[group] = largest; sums[group] = total; }
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) outputs[group][lane * 8 + i] = sum[i];
+    __syncthreads();
+    float peak = -INFINITY;
+    for (int g = 0; g < Groups; ++g) peak = fmaxf(peak, maxima[g]);
+    for (int i = threadIdx.x; i < p.padded; i += kThreads) {
+        float all = 0.f, whole = 0.f;
+        for (int g = 0; g < Groups; ++g) {
+            const float weight = maxima[g] > -INFINITY ? exp2f(maxima[g] - peak) : 0.f;
+            all += weight * outputs[g][i];
+            whole += weight * sums[g];
+        }
+        const int64_t at = (int64_t)row * p.heads + head;
+        if (p.splits == 1) {
+            if (i < p.head_dim) p.o[at * p.head_dim + i] = __float2bfloat16(all / whole);
+        } else {
+            float* part = p.partial + (at * p.splits + split) * (p.padded + 2);
+            part[i] = all;
+            if (i == 0) { part[p.padded] = peak; part[p.padded + 1] = whole; }
+        }
+    }
+}
+
+__global__ void attention_join(const __grid_constant__ Attention p) {
+    let_next_start();
+    wait_for_previous();
+    const int64_t at = blockIdx.x;
+    if (p.slots[blockIdx.x / p.heads] < 0) return;
+    const float* part = p.partial + at * p.splits * (p.padded + 2);
+    const int step = p.padded + 2;
+    float peak = -INFINITY;
+    for (int s = 0; s < p.splits; ++s) peak = fmaxf(peak, part[s * step + p.padded]);
+    const int i = threadIdx.x;
+    if (i >= p.head_dim) return;
+    float all = 0.f, whole = 0.f;
+    for (int s = 0; s < p.splits; ++s) {
+        const float own = part[s * step + p.padded], weight = own > -INFINITY ? exp2f(own - peak) : 0.f;
+        all += weight * part[s * step + i];
+        whole += weight * part[s * step + p.padded + 1];
+    }
+    p.o[at * p.head_dim + i] = __float2bfloat16(all / whole);
+}
+
+__global__ void rope_run(const bf16* x, const float* rotation, bf16* q, bf16* k, bf16* v, int64_t elements, int heads, int head_dim,
+                         int padded, int half, float q_factor) {
+    let_next_start();
+    wait_for_previous();
+    const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= elements) return;
+    const int i = n % padded;
+    const int64_t at = n / padded;               // token * heads + head
+    if (i >= head_dim) { q[n] = k[n] = v[n] = __float2bfloat16(0.f); return; }
+    const bf16* in = x + at * 3 * head_dim;
+    const float* cosine = rotation + at / heads * 2 * half;
+    q[n] = __float2bfloat16(rotated(in, cosine, i, half) * q_factor);
+    k[n] = __float2bfloat16(rotated(in + head_dim, cosine, i, half));
+    v[n] = in[2 * head_dim + i];
+}
+
+extern "C" int decode_attention(const void* x, const int* slots, const int* positions, const float* rotation, void* keys, void* values,
+                                float* partial, void* o, int rows, int heads, int head_dim, int padded, int half, int capacity,
+                                int splits, float scale, void* stream) {
+    const Attention p{(const bf16*)x, slots, positions, rotation, (bf16*)keys, (bf16*)values, partial, (bf16*)o, heads, head_dim,
+                      padded, half, capacity, splits, scale * 1.44269504f};
+    if (padded % 8 || padded > 128) return (int)cudaErrorInvalidValue;
+    const dim3 grid(rows * heads, splits);
+    int code = launch(padded <= 64 ? attention_step<8> : attention_step<16>, grid, kThreads, 0, stream, p);
+    if (code == 0 && splits > 1) code = launch(attention_join, rows * heads, 128, 0, stream, p);
+    return code;
+}
+
+extern "C" int prefill_rope(const void* x, const float* rotation, void* q, void* k, void* v, int64_t tokens, int heads, int head_dim,
+                            int padded, int half, float q_factor, void* stream) {
+    const int64_t elements = tokens * heads * padded;
+    return launch(rope_run, (unsigned)((elements + 255) / 256), 256, 0, stream, (const bf16*)x, rotation, (bf16*)q, (bf16*)k, (bf16*)v,
+                  elements, heads, head_dim, padded, half, q_factor);
+}

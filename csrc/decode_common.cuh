@@ -1,0 +1,79 @@
+// Shared pieces of the generation kernels.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <cstdint>
+#include <utility>
+#include "decode.h"
+
+namespace decode {
+
+using bf16 = __nv_bfloat16;
+
+// The next kernel of the stream may start its prologue now; what this kernel waits for is complete afterwards. Every thread
+// of every kernel calls both, in this order, before it touches anything but weights.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Launches a kernel that may overlap the end of the one before it (programmatic dependent launch).
+template <typename... P, typename... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream, A... args) {
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid; config.blockDim = block; config.dynamicSmemBytes = shared;
+    config.stream = (cudaStream_t)stream; config.attrs = &overlap; config.numAttrs = 1;
+    if (shared > 48 * 1024) {
+        cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        if (code != cudaSuccess) return (int)code;
+    }
+    return (int)cudaLaunchKernelEx(&config, kernel, P(args)...);
+}
+
+__device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+// Eight bf16 in a 16-byte vector.
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[8]) {
+    x[0] = low(v.x); x[1] = high(v.x); x[2] = low(v.y); x[3] = high(v.y);
+    x[4] = low(v.z); x[5] = high(v.z); x[6] = low(v.w); x[7] = high(v.w);
+}
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+    return (uint32_t)__bfloat16_as_ushort(__float2bfloat16(a)) | (uint32_t)__bfloat16_as_ushort(__float2bfloat16(b)) << 16;
+}
+__device__ __forceinline__ uint4 pack(const float (&x)[8]) {
+    return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+__device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16(x)); }
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+// Eight values of a residual stream, which is bf16 or fp32.
+template <bool Fp32> __device__ __forceinline__ void load8(const void* from, int64_t at, float (&x)[8]) {
+    if (Fp32) {
+        const float4 a = ((const float4*)from)[at / 4], b = ((const float4*)from)[at / 4 + 1];
+        x[0] = a.x; x[1] = a.y; x[2] = a.z; x[3] = a.w; x[4] = b.x; x[5] = b.y; x[6] = b.z; x[7] = b.w;
+    } else {
+        unpack(((const uint4*)from)[at / 8], x);
+    }
+}
+template <bool Fp32> __device__ __forceinline__ void store8(void* to, int64_t at, const float (&x)[8]) {
+    if (Fp32) {
+        ((float4*)to)[at / 4] = make_float4(x[0], x[1], x[2], x[3]);
+        ((float4*)to)[at / 4 + 1] = make_float4(x[4], x[5], x[6], x[7]);
+    } else {
+        ((uint4*)to)[at / 8] = pack(x);
+    }
+}
+
+// Sum over a block of at most 1024 threads; `space` holds 32 floats. Every thread gets it.
+__device__ __forceinline__ float block_sum(float x, float* space) {
+    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) space[threadIdx.x >> 5] = x;
+    __syncthreads();
+    float sum = 0.f;
+    for (int i = 0; i < (int)blockDim.x / 32; ++i) sum += space[i];
+    return sum;
+}
+
+}  // namespace decode

@@ -1,0 +1,97 @@
+// Embedding, residual addition with RMSNorm, and SwiGLU: the elementwise kernels of a layer, 16 bytes a thread.
+#include "decode_common.cuh"
+using namespace decode;
+
+template <bool Fp32>
+__global__ void embed_kernel(const int* tokens, const int* positions, const int* slots, const bf16* table, void* residual, int width,
+                             int first, int count, const float* frequency, float* rotation, int half) {
+    let_next_start();
+    wait_for_previous();
+    const int row = blockIdx.x, slot = slots[row];
+    const int token = slot < 0 ? -1 : tokens[slot] - first;
+    const bool here = token >= 0 && token < count;
+    for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+        float x[8] = {};
+        if (here) load8<false>(table, (int64_t)token * width + i, x);
+        store8<Fp32>(residual, (int64_t)row * width + i, x);
+    }
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        const float angle = slot < 0 ? 0.f : (float)positions[slot] * frequency[i];
+        double s, c;
+        sincos((double)angle, &s, &c);           // --use_fast_math would ruin large angles in single precision
+        rotation[(int64_t)row * 2 * half + i] = (float)c;
+        rotation[(int64_t)row * 2 * half + half + i] = (float)s;
+    }
+}
+
+constexpr int kVectors = 4;                      // 16-byte vectors a thread: width up to 256 * 8 * 4
+
+template <bool Fp32>
+__global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf16* out, const bf16* bias, const bf16* weight, bf16* y,
+                                                       float eps, int width) {
+    __shared__ float space[32];
+    let_next_start();
+    wait_for_previous();
+    const int64_t row = (int64_t)blockIdx.x * width;
+    float x[kVectors][8], square = 0.f;
+    #pragma unroll
+    for (int n = 0; n < kVectors; ++n) {
+        const int i = (threadIdx.x + n * 256) * 8;
+        if (i >= width) break;
+        load8<Fp32>(residual, row + i, x[n]);
+        if (out) {
+            float a[8], b[8] = {};
+            load8<false>(out, row + i, a);
+            if (bias) load8<false>(bias, i, b);
+            #pragma unroll
+            for (int j = 0; j < 8; ++j) x[n][j] = Fp32 ? x[n][j] + (a[j] + b[j]) : rounded(x[n][j] + (a[j] + b[j]));
+            store8<Fp32>(residual, row + i, x[n]);
+        }
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) square += x[n][j] * x[n][j];
+    }
+    const float scale = rsqrtf(block_sum(square, space) / width + eps);
+    #pragma unroll
+    for (int n = 0; n < kVectors; ++n) {
+        const int i = (threadIdx.x + n * 256) * 8;
+        if (i >= width) break;
+        float w[8];
+        load8<false>(weight, i, w);
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) w[j] *= x[n][j] * scale;
+        store8<false>(y, row + i, w);
+    }
+}
+
+__global__ void swiglu_kernel(const bf16* x, bf16* y, int64_t vectors, int width) {
+    let_next_start();
+    wait_for_previous();
+    const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= vectors) return;
+    const int64_t row = n / (width / 8), i = n % (width / 8) * 8;
+    float a[8], b[8];
+    load8<false>(x, row * 2 * width + i, a);
+    load8<false>(x, row * 2 * width + width + i, b);
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) a[j] = silu(a[j]) * b[j];
+    store8<false>(y, row * width + i, a);
+}
+
+extern "C" int decode_embed(const int* tokens, const int* positions, const int* slots, const void* table, void* residual,
+                            int fp32_residual, int rows, int width, int first, int count, const float* frequency, float* rotation,
+                            int half, void* stream) {
+    return launch(fp32_residual ? embed_kernel<true> : embed_kernel<false>, rows, 256, 0, stream, tokens, positions, slots,
+                  (const bf16*)table, residual, width, first, count, frequency, rotation, half);
+}
+
+extern "C" int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, const void* weight, void* y,
+                               float eps, int rows, int width, void* stream) {
+    if (width > 256 * 8 * kVectors) return (int)cudaErrorInvalidValue;
+    return launch(fp32_residual ? add_norm_kernel<true> : add_norm_kernel<false>, rows, 256, 0, stream, residual, (const bf16*)out,
+                  (const bf16*)bias, (const bf16*)weight, (bf16*)y, eps, width);
+}
+
+extern "C" int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream) {
+    const int64_t vectors = rows * (width / 8);
+    return launch(swiglu_kernel, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, (bf16*)y, vectors, width);
+}

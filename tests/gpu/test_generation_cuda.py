@@ -1,0 +1,244 @@
+"""Generation on a GPU: every kernel against the plain torch operation, graphs against eager, long decoding."""
+
+import pytest
+import torch
+
+from based_mp.ops import backends, decode_torch
+from based_mp.ops.reference import taylor_feature_dim
+from tests.models import tiny_config
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or backends.extension() is None, reason="needs a Hopper GPU and based_mp._C")
+
+SLOTS = [3, -1, 0, 5]            # of four rows, one of them idle
+BASED = {"d_model": 256, "num_heads": 4, "num_layers": 6, "feature_dim": 16, "window": 32, "ffn_hidden_size": 512,
+         "linear_attention_layers": [1, 4], "sliding_attention_layers": [2], "init_std": 0.06}
+ATTENTION = BASED | {"d_model": 280, "linear_attention_layers": [], "sliding_attention_layers": [],
+                     "other_layers": "softmax_attention", "rotary_fraction": 0.5}
+
+
+@pytest.fixture
+def cuda():
+    from based_mp.ops import decode_cuda
+    torch.manual_seed(0)
+    return decode_cuda
+
+
+@pytest.fixture
+def slots():
+    rows = torch.tensor(SLOTS, dtype=torch.int32, device="cuda")
+    return rows, rows >= 0
+
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def error(x, ref):
+    assert x.isfinite().all()
+    return ((x.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("residual", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 300])
+def test_norms_and_products(cuda, rows, residual):
+    for d, f in ((1792, 3584), (72, 200)):
+        x, out, bias, norm = randn(rows, d, dtype=residual), randn(rows, d), randn(d), randn(d).abs()
+        fc1, fc2 = randn(2 * f, d) / d**0.5, randn(d, f) / f**0.5
+        for pending in ((None, None), (out, None), (out, bias)):
+            for swiglu in (False, True):
+                a, b = x.clone(), x.double()
+                y = cuda.norm_linear(a, *pending, norm, 1e-5, fc1, swiglu=swiglu)
+                ref = decode_torch.norm_linear(b, *(None if p is None else p.double() for p in pending),
+                                               norm.double(), 1e-5, fc1.double(), swiglu=swiglu)
+                assert error(y, ref) < 8e-3 and error(a, b) < 4e-3
+        y, added = randn(rows, f), x.clone()
+        assert error(cuda.linear(y, fc2), y.double() @ fc2.double().T) < 4e-3
+        product, left = cuda.linear_add(y, fc2, bias, added)
+        if product is None:
+            assert left is None and rows <= 8
+            assert error(added, x.double() + y.double() @ fc2.double().T + bias.double()) < 4e-3
+        else:
+            assert torch.equal(added, x) and error(product, y.double() @ fc2.double().T) < 4e-3
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4])
+def test_convolution(cuda, slots, taps):
+    (rows, real), c = slots, 128
+    bias, weight, carry = randn(2 * c), randn(c, taps), randn(6, taps - 1, c)
+    x, a, b = randn(4, 2 * c), carry.clone(), carry.clone()
+    y, ref = cuda.conv_step(x, bias, weight, rows, a), decode_torch.conv_step(x[real], bias, weight, rows[real], b)
+    assert error(y[real], ref) < 8e-3 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("d", backends.HEAD_DIMS)
+@pytest.mark.parametrize("f", backends.FEATURE_DIMS)
+@pytest.mark.parametrize("decay", [False, True])
+def test_taylor(cuda, slots, f, d, decay):
+    rows, real = slots
+    kv, z = randn(6, 2, taylor_feature_dim(f), d, dtype=torch.float32), torch.rand(6, 2, taylor_feature_dim(f)).cuda()
+    z[..., 0] += 300
+    log = torch.tensor([-0.1, -0.02], device="cuda") if decay else None
+    x, a, b = randn(4, 2 * (2 * f + d)), (kv.clone(), z.clone()), (kv.clone(), z.clone())
+    y = cuda.taylor_step_(x, rows, *a, log, f)
+    ref = decode_torch.taylor_step_(x[real].float(), rows[real], *b, log, f)
+    assert error(y[real], ref) < 4e-3 and error(a[0], b[0]) < 1e-6 and error(a[1], b[1]) < 1e-6
+
+
+@pytest.mark.parametrize("d, half, capacity", [(64, 32, 256), (70, 17, 600), (70, 17, 4096), (112, 56, 64),
+                                               (128, 64, 31), (16, 0, 8)])
+def test_attention(cuda, slots, d, half, capacity):
+    (rows, real), padded = slots, -(-d // 8) * 8
+    positions = torch.tensor([0, 7, capacity - 1, 2 * capacity + 3 if capacity < 500 else 500, 5, capacity // 2],
+                             dtype=torch.int32, device="cuda")
+    keys, values = randn(2, 6, 2, capacity, padded)
+    keys[..., d:] = values[..., d:] = 0
+    rotation = decode_torch.rotations(positions[rows.clamp(min=0).long()], torch.rand(half, device="cuda"))
+    x, a, b = randn(4, 2 * 3 * d), (keys.clone(), values.clone()), (keys.clone(), values.clone())
+    y = cuda.attention_step(x, rows, positions, rotation, *a, d)
+    decode_torch.attention_step(x[real], rows[real], positions, rotation[real], *b, d)
+    ref = decode_torch.attention_step(x[real].float(), rows[real], positions, rotation[real],
+                                      *(t.float() for t in b), d)
+    assert error(y[real], ref) < 6e-3
+    assert error(a[0], b[0]) < 1e-3 and torch.equal(a[1], b[1])
+    got = cuda.rope_run(x, rotation, 2, d, padded)
+    ref = decode_torch.rope_run(x.float(), rotation, 2, d, padded)
+    assert all(error(p, q) < 4e-3 for p, q in zip(got, ref, strict=True))
+
+
+class Pool:
+    """What `embed_step` and `sample` read."""
+
+    def __init__(self, vocab_size, temperature=0.0, top_k=0, top_p=1.0, slots=6):
+        self.vocab_size = vocab_size
+        self.tokens, self.positions = (torch.arange(slots, device="cuda").int() for _ in range(2))
+        self.temperature, self.top_p = (torch.full((slots,), x, device="cuda") for x in (temperature, top_p))
+        self.top_k = torch.full((slots,), top_k, dtype=torch.int32, device="cuda")
+        self.seeds = torch.randint(-2**62, 2**62, (slots,), device="cuda")
+
+
+def test_embedding_and_rotation_at_large_positions(cuda, slots):
+    (rows, real), table = slots, randn(100, 72)
+    pool, frequency = Pool(100), torch.tensor([1.0, 0.01], device="cuda")
+    pool.positions += 1_000_000
+    for first in (0, 4):
+        x, rotation = cuda.embed_step(pool, rows, table, first, torch.float32, frequency)
+        ref, angle = decode_torch.embed_step(pool, rows[real], table, first, torch.float32, frequency)
+        assert torch.equal(x[real], ref) and (rotation[real] - angle).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5},
+                                     {"temperature": 1.3, "top_p": 0.8},
+                                     {"temperature": 0.9, "top_k": 50, "top_p": 0.6},
+                                     {"temperature": 1.0, "top_p": 0.01}])
+def test_sampling(cuda, slots, options):
+    """Up to ties of noise the same token as in torch; ids beyond the vocabulary are never taken."""
+    (rows, real), same = slots, 0
+    logits = randn(4, 50304) * 3
+    logits[:, 50257:] = 100
+    for seed in range(20):
+        torch.manual_seed(seed)
+        a = Pool(50257, **options)
+        torch.manual_seed(seed)
+        b = Pool(50257, **options)
+        (x, p), (y, q) = cuda.sample(logits, a, rows, 1), decode_torch.sample(logits[real], b, rows[real], 1)
+        same += (x[real] == y).sum().item()
+        assert torch.equal(a.positions, b.positions) and (x[real] < 50257).all()
+        agree = x[real] == y
+        assert (p[real][agree] - q[agree]).abs().max() < 2e-4
+    assert same >= 59
+
+
+@pytest.fixture(params=["based", "attention"])
+def pair(request):
+    """The bf16 training module, its inference model, and the same module in fp32."""
+    from based_mp.parallel import state
+    state.initialize(device="cuda", seed=3)
+    from based_mp.inference.model import InferenceModel
+    from based_mp.model.based_model import build_model
+    sizes = BASED if request.param == "based" else ATTENTION
+    made = [tiny_config(model=sizes, training={"precision": p, "device": "cuda", "seq_length": 512})
+            for p in ("bf16", "fp32")]
+    module, exact = (build_model(config).eval() for config in made)
+    exact.load_state_dict({name: weight.float() for name, weight in module.state_dict().items()})
+    model = InferenceModel(module, made[0].model)
+    assert model.ops.__name__.endswith("decode_cuda")
+    yield module, model, exact
+    state.destroy()
+
+
+def decoded(model, tokens, cut, last):
+    """Logits at every position: prefill, single tokens, and a prefill that continues."""
+    pool, slots = model.new_pool(8, tokens.shape[1]), [5, 2, 7][: tokens.shape[0]]
+    pool.reset(slots)
+    rows = torch.tensor(slots, dtype=torch.int32, device="cuda")
+
+    def part(a, e):
+        pieces = [row[a:e].tolist() for row in tokens]
+        return model.prefill(pool, pieces, slots, [a] * len(slots), every=True).view(len(slots), e - a, -1)
+
+    out = [part(0, cut)]
+    for t in range(cut, last):
+        pool.tokens[rows.long()] = tokens[:, t].int()
+        out.append(model.step(pool, rows)[:, None])
+        pool.positions[rows.long()] += 1
+    out += [part(last, tokens.shape[1])] if last < tokens.shape[1] else []
+    return torch.cat(out, 1).float(), pool
+
+
+def test_as_exact_as_the_full_forward(pair):
+    """Against fp32, prefill + decode is no worse than the bf16 forward pass."""
+    module, model, exact = pair
+    tokens = torch.randint(0, 120, (3, 400), device="cuda")
+    with torch.no_grad():
+        truth = exact(tokens, torch.zeros_like(tokens), None)
+    got, _ = decoded(model, tokens, 150, 300)
+    own = error(got, truth)
+    print(f"decode {own:.2e}")
+    assert own < 2.5e-2
+    assert (got.argmax(-1) == truth.argmax(-1)).float().mean() > 0.97
+
+
+def test_long_decoding_does_not_drift(pair):
+    """The state after 4096 single tokens is that of one prefill, and so are the last logits."""
+    _, model, _ = pair
+    tokens = torch.randint(0, 120, (2, 4096), device="cuda")
+    stepped, a = decoded(model, tokens, 1, 4096)
+    whole, b = decoded(model, tokens, 4096, 4096)
+    assert error(stepped[:, -256:], whole[:, -256:]) < 2.5e-2
+    for x, y in zip(a.buffers, b.buffers, strict=True):
+        for name in x:
+            assert error(x[name], y[name]) < 1.5e-2, name
+
+
+def run(model, graphs, slots=8):
+    from based_mp.inference.engine import Engine, Sequence
+    from based_mp.inference.sampling import Sampling
+    engine = Engine(model, 0, slots=slots, length=512, graphs=graphs, prefill_tokens=64)
+    sequences = [Sequence(list(range(1, 2 + 9 * i)), Sampling(40 - i, 0.9 * (i % 2), None, 0.95, i)) for i in range(11)]
+    for sequence in sequences:
+        engine.submit(sequence)
+    while not engine.idle:
+        engine.step()
+    assert sorted(engine.free) == list(range(slots))
+    return sequences
+
+
+def test_graphs_equal_eager_bitwise(pair):
+    """Sequences come and go through several batch sizes."""
+    eager, graphs = (run(pair[1], graphs) for graphs in (False, True))
+    assert all(a.tokens == b.tokens and a.logprobs == b.logprobs for a, b in zip(eager, graphs, strict=True))
+    assert len({len(s.tokens) for s in graphs}) > 1
+
+
+def test_ragged_batch_equals_each_alone(pair):
+    """The states and logits after prompts of different lengths, in passes that cut some, and alone."""
+    from based_mp.inference.engine import Engine, Sequence
+    from based_mp.inference.sampling import Sampling
+    model = pair[1]
+    together = Engine(model, 0, slots=4, length=512, prefill_tokens=64)
+    prompts = [torch.randint(1, 120, (n,)).tolist() for n in (1, 40, 200, 63)]
+    logits = together.prefill([Sequence(p, Sampling(), slot=i) for i, p in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        alone = Engine(model, 0, slots=1, length=512)
+        assert error(logits[i], alone.prefill([Sequence(prompt, Sampling(), slot=0)])[0]) < 2e-2
