@@ -69,7 +69,7 @@ class RecallSlices:
         self.group, self.device = group, device
         self.learned: set[str] = set()
         self.rare = torch.zeros(0, dtype=torch.int64, device=device)      # sorted
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums, self.all_sums = torch.zeros(2, 4, dtype=torch.float64, device=device)
 
     def learn(self, name: str, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> None:
         """Count the repeated bigrams of these batches in the training corpora, once for every name."""
@@ -109,8 +109,20 @@ class RecallSlices:
     def result(self) -> dict[str, float]:
         """{"ar_hits_perplexity", "other_perplexity", "ar_hits_share"} since the last call (without empty slices)."""
         dist.all_reduce(self.sums, group=self.group)
-        hit, hits, other, others = self.sums.tolist()
+        self.all_sums += self.sums
+        out = self._told(self.sums)
         self.sums.zero_()
+        return out
+
+    def total(self) -> dict[str, float]:
+        """Of everything that `result` told since the last call."""
+        out = self._told(self.all_sums)
+        self.all_sums.zero_()
+        return out
+
+    @staticmethod
+    def _told(sums: Tensor) -> dict[str, float]:
+        hit, hits, other, others = sums.tolist()
         out = {"ar_hits_share": hits / max(hits + others, 1)}
         if hits:
             out["ar_hits_perplexity"] = math.exp(min(hit / hits, 50))

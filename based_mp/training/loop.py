@@ -184,6 +184,8 @@ class Trainer:
         weights = {corpus: weight for corpus, (_, weight) in corpora.items()}
         mean = sum(results[c] * weights[c] for c in results) / sum(weights.values())
         self.metrics.log_validation(self.step, results, mean, name)
+        if self.slices is not None:
+            self.metrics.log_slices(self.step, name, self.slices.total())
         for layer, mixer in mixers:
             self.metrics.scalars(self.step, {f"linear_attention/{key}_layer_{layer}": value
                                              for key, value in mixer.diagnostics.items()})

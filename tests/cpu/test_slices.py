@@ -75,6 +75,7 @@ def test_slices_of_a_batch(tmp_path, gloo_process, below):
         assert got["ar_hits_perplexity"] == pytest.approx(math.exp(np.mean(sums[True])), rel=1e-5)
     assert bool(sums[True]) == (below > 1)
     assert slices.result() == {"ar_hits_share": 0}
+    assert slices.total() == got and slices.total() == {"ar_hits_share": 0}
 
 
 def test_slices_are_logged_while_training(tmp_path, gloo_process):
@@ -92,5 +93,6 @@ def test_slices_are_logged_while_training(tmp_path, gloo_process):
     events.Reload()
     tags = events.Tags()["scalars"]
     assert {"valid_v/ar_hits_perplexity", "valid_v/other_perplexity", "valid_v/ar_hits_share"} <= set(tags)
+    assert events.Scalars("valid/ar_hits_share")[0].value == events.Scalars("valid_v/ar_hits_share")[0].value
     # Period 16 in rows of 32: all but the first 16 bigrams of a row are repeated.
     assert events.Scalars("valid_v/ar_hits_share")[0].value == pytest.approx(0.5, abs=0.01)
