@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,12 +79,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tens
     b, s = q.shape[:2]
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
+    d = q.shape[-1]
+    padded = -(-d // 8) * 8                       # the kernel takes multiples of 8, and scales by their root
+    if padded != d:
+        q, k, v = (F.pad(x, (0, padded - d)) for x in (q * math.sqrt(padded / d), k, v))
     flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     most_q, most_k = longest or (s, k.shape[1])
     left = -1 if window is None else window - 1
     o = varlen_attn(*flat, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, most_q, most_k,
                     window_size=(left, 0))
-    return o.view_as(q)
+    return o.view_as(q)[..., :d]
 
 
 def _continued(q: Tensor, k: Tensor, v: Tensor, window: int | None, bounds: list[int], bounds_k: list[int]) -> Tensor:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("window", [1, 64, 128, 256, None])
-@pytest.mark.parametrize("head_dim", [64, 112])
+@pytest.mark.parametrize("head_dim", [64, 70, 112])
 @pytest.mark.parametrize("length", [1, 63, 300, 2048])
 def test_window_attention_in_bf16(length, head_dim, window):
     q, k, v = torch.randn(3, 2, length, 4, head_dim, device="cuda", dtype=torch.bfloat16)
