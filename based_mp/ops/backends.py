@@ -155,8 +155,9 @@ def check_kernels(kernels: str) -> None:
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, kernels: str,
                            bonus: Tensor | None = None, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`recurrences.gated_linear_attention`, on a GPU by flash-linear-attention's kernels unless kernels is "torch"."""
-    fla = fla_ops() if q.is_cuda and kernels != "torch" else None
+    """`recurrences.gated_linear_attention`; more than one token on a GPU by flash-linear-attention's kernels, unless
+    kernels is "torch"."""
+    fla = fla_ops() if q.is_cuda and kernels != "torch" and q.shape[1] > 1 else None
     if fla is None:
         return recurrences.gated_linear_attention(q, k, v, log_decay, scale=scale, bonus=bonus, initial=initial)
     q, k, v, log_decay = (x.contiguous() for x in (q, k, v, log_decay.to(torch.float32)))

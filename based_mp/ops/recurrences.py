@@ -101,7 +101,7 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor,
     Returns y [s, batch, d] and the last h, both in fp32 (fp64). Only the inputs are kept for the backward pass.
     """
     if torch.is_grad_enabled():
-        return checkpoint(_selective_scan, x, delta, a, b, c, initial, use_reentrant=False)
+        return checkpoint(_selective_scan, x, delta, a, b, c, initial, use_reentrant=False, preserve_rng_state=False)
     return _selective_scan(x, delta, a, b, c, initial)
 
 
