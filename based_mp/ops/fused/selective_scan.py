@@ -9,7 +9,7 @@ from torch import Tensor
 
 from based_mp.ops import backends, recurrences
 
-TIME, CHANNELS = 32, 4
+TIME, CHANNELS = 16, 8
 
 
 def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Tensor, *,
@@ -17,7 +17,7 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, in
     """As `recurrences.selective_scan`: x, delta [s, batch, d]; a [d, n]; b, c [s, batch, n]; initial [batch, d, n].
 
     Returns y [s, batch, d] and the last state, fp32. kernels: "torch" for the plain form. The kernels take n = 2, 4, 8
-    … 64, keep the inputs and one state every 32 tokens for the backward pass, and are compiled for every number of such
+    … 64, keep the inputs and one state every 16 tokens for the backward pass, and are compiled for every number of such
     tiles.
     """
     n = a.shape[1]
