@@ -101,7 +101,7 @@ class Engine:
         touched: list[Sequence] = []
         while len(self._launched) > lag:
             touched += self._collect(self._launched.popleft())
-        return touched
+        return list(dict.fromkeys(touched))            # each once, though it may have got several tokens
 
     def _launch(self, sequences: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
         """Send a step's results to the host without waiting."""

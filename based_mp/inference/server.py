@@ -99,7 +99,7 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One choice of a request. events: shared by the choices of a request; an exception means that the engine failed."""
+    """One choice of a request. events: shared by its choices; an exception among them means that the engine failed."""
 
     index: int
     run: Continuation
@@ -327,7 +327,7 @@ async def stream(service: Service, jobs: list[Job], body: CompletionRequest, hea
 
 
 def sse(body: dict) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body)}\n\n"               # ASCII: many clients split lines at U+0085 and U+2028 too
 
 
 def opened(event: tuple | BaseException) -> tuple[Job, str, Completion | None]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from based_mp.parallel import state
-from tests.models import tiny_config
+from tests.models import Letters, tiny_config
 
 out, tp = Path(sys.argv[1]), int(sys.argv[2])
 ranks = state.initialize(tp, device="cpu", seed=7)
@@ -14,7 +14,7 @@ from based_mp.inference.generate import Generator  # noqa: E402
 from based_mp.inference.load import cut, partition  # noqa: E402
 from based_mp.inference.model import InferenceModel  # noqa: E402
 from based_mp.model.based_model import build_model  # noqa: E402
-from tests.parity.test_generation import SIZES, Letters, prompt_of  # noqa: E402
+from tests.parity.test_generation import SIZES, prompt_of  # noqa: E402
 
 import torch  # noqa: E402
 
