@@ -162,7 +162,8 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (with fp32 master weights) or fp32")
     seed: int = Field(1234, description="of the initial weights")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations done again in backward: selective = MLPs and mixing, full = whole layers")
+        "none", description="activations done again in backward: selective = norms, SwiGLU and convolutions, "
+                            "full = whole layers")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
 
 

@@ -57,9 +57,28 @@ def flops_per_token(config: Config) -> float:
     return 3 * (2 * matrices + mixing_flops(config.model, config.training.seq_length))
 
 
+def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
+    """Activations a token and GPU that wait for the backward pass.
+
+    A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (not under
+    selective recomputation), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's
+    input, and one whole layer.
+    """
+    d, h = model.d_model, model.num_heads
+    mixing = {"gated_conv": (4 * d, 2 * d), "linear_attention": (h * (2 * model.feature_dim + 2 * model.head_dim), 0),
+              "sliding_attention": (4 * d, 0), "softmax_attention": (4 * d, 0)}
+    layers = []
+    for kind in model.mixers:
+        kept, cheap = mixing[kind]
+        layers.append(2 * d + (2 * model.ffn_size + kept) / tp)
+        if recompute != "selective":
+            layers[-1] += 2 * d + (model.ffn_size + cheap) / tp
+    return sum(layers) if recompute != "full" else model.num_layers * d + max(layers)
+
+
 def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
-    """Bytes a GPU by part. Weights, gradients and optimizer state are exact up to padding; activations are estimated
-    as the tensors autograd keeps, about (24·d_model + 6·ffn + mixer) values a token and layer."""
+    """Bytes a GPU by part. Weights, gradients and optimizer state are exact up to padding; activations are what
+    autograd keeps with the fused ops of a GPU."""
     dp, _ = config.check_world(world_size)
     model, tp, stage = config.model, config.parallel.tensor_parallel_size, config.parallel.zero_stage
     params = sum(parameter_counts(model).values()) / tp
@@ -70,10 +89,8 @@ def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
         "optimizer": params * (12 if width == 2 else 8) / (dp if stage >= 1 else 1),
     }
     tokens = config.training.micro_batch_size * config.training.seq_length
-    layer = (24 * model.d_model + 6 * model.ffn_size) * width / tp
-    kept = {"none": 1.0, "selective": 0.5, "full": 0.0}[config.training.recompute]
-    parts["activations"] = tokens * (model.num_layers * (layer * kept + model.d_model * width) + layer)
-    parts["logits"] = tokens * model.padded_vocab_size / tp * (width + 4)
+    parts["activations"] = tokens * kept_values(model, config.training.recompute, tp) * width
+    parts["logits"] = tokens * model.padded_vocab_size / tp * width        # their gradient takes the same place
     return parts
 
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "decode.h"
+#include "gated_conv_args.h"
 #include "taylor_args.h"
 
 namespace {
@@ -47,6 +48,19 @@ void launch(const std::vector<std::string>& names, const std::array<int64_t, 17>
     }
 }
 
+// pointers and sizes: in the order of GatedConvArgs (see based_mp/ops/gated_conv.py).
+void gated_conv(bool backward, const std::array<int64_t, 12>& p, const std::array<int, 5>& sizes, int64_t stream) {
+    GatedConvArgs a{};
+    a.x = pointer<void>(p[0]); a.weight = pointer<void>(p[1]); a.bias = pointer<void>(p[2]);
+    a.cu_seqlens = pointer<int>(p[3]); a.carry = pointer<void>(p[4]); a.carry_out = pointer<void>(p[5]);
+    a.y = pointer<void>(p[6]); a.dy = pointer<void>(p[7]); a.dx = pointer<void>(p[8]);
+    a.partial = pointer<float>(p[9]); a.dweight = pointer<void>(p[10]); a.dbias = pointer<void>(p[11]);
+    a.seq = sizes[0]; a.batch = sizes[1]; a.channels = sizes[2]; a.docs = sizes[3]; a.dtype = sizes[4];
+    a.stream = pointer<void>(stream);
+    const int code = backward ? gated_conv_backward(&a) : gated_conv_forward(&a);
+    if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching the gated convolution");
+}
+
 // A launcher of decode.h as a Python function: pointers are passed as integers.
 template <typename T> using Passed = std::conditional_t<std::is_pointer_v<T>, int64_t, T>;
 template <typename T> T received(Passed<T> x) {
@@ -63,12 +77,12 @@ template <typename... A> void define(pybind11::module_& m, const char* name, int
 
 PYBIND11_MODULE(_C, m) {
     m.def("launch", &launch);
+    m.def("gated_conv", &gated_conv);
     define(m, "decode_embed", decode_embed);
     define(m, "decode_add_norm", decode_add_norm);
     define(m, "decode_swiglu", decode_swiglu);
     define(m, "decode_linear", decode_linear);
     define(m, "decode_conv", decode_conv);
-    define(m, "prefill_conv", prefill_conv);
     define(m, "decode_taylor", decode_taylor);
     define(m, "decode_attention", decode_attention);
     define(m, "prefill_rope", prefill_rope);

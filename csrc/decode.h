@@ -24,9 +24,6 @@ int decode_linear(const void* x, const void* weight, void* y, const void* norm_w
 // Gated convolution, x [rows, 2 channels] without its bias [2 channels], carry [slots, taps - 1, channels] shifts in place.
 int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows, int channels,
                 int taps, void* stream);
-// The same over packed sequences, token by token; bounds [documents + 1]; carry_in and carry_out [documents, taps - 1, channels].
-int prefill_conv(const void* x, const void* bias, const void* weight, const int* bounds, const void* carry_in, void* carry_out, void* y,
-                 int documents, int tokens, int channels, int taps, void* stream);
 // Taylor linear attention, x [rows, heads, (q | k | v)], kv [slots, heads, D, head_dim] and z [slots, heads, D] fp32 in place;
 // decay [heads]: factor a token, or null.
 int decode_taylor(const void* x, const int* slots, float* kv, float* z, const float* decay, void* o, int rows, int heads, int features,

@@ -1,5 +1,5 @@
 // Gated short convolution, y = silu(sum_i w_i u1[t - (taps - 1 - i)]) * u2 with (u1 | u2) = x + bias: one token a row from a
-// carried window, or packed sequences. A thread has eight channels.
+// carried window (whole sequences: gated_conv_forward.cu). A thread has eight channels.
 #include "decode_common.cuh"
 using namespace decode;
 
@@ -52,52 +52,6 @@ __global__ void conv_step(const bf16* x, const bf16* bias, const bf16* weight, c
     store8<false>(y, (int64_t)row * channels + channel, out);
 }
 
-constexpr int kRun = 16;                         // tokens of a thread, one after the other
-
-template <int Taps>
-__global__ void conv_run(const bf16* x, const bf16* bias, const bf16* weight, const int* bounds, const bf16* carry_in,
-                         bf16* carry_out, bf16* y, int documents, int tokens, int channels) {
-    let_next_start();
-    wait_for_previous();
-    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8, first = blockIdx.x * kRun;
-    if (channel >= channels) return;
-    float w[Taps][8], b1[8], b2[8], window[Taps][8], u2[8], out[8];
-    load_taps<Taps>(weight, channel, w);
-    load8<false>(bias, channel, b1);
-    load8<false>(bias, channels + channel, b2);
-    int document = 0, above = documents - 1;     // the last document that begins at or before `first`
-    while (document < above) {
-        const int middle = (document + above + 1) / 2;
-        if (bounds[middle] <= first) document = middle; else above = middle - 1;
-    }
-    const int64_t carried = (int64_t)(Taps - 1) * channels;
-    auto before = [&](int t, float (&u)[8]) {    // u1 at token t, which may lie before the document's first
-        const int begin = bounds[document];
-        if (t >= begin) biased(x, (int64_t)t * 2 * channels + channel, b1, u);
-        else load8<false>(carry_in, document * carried + (int64_t)(t - begin + Taps - 1) * channels + channel, u);
-    };
-    #pragma unroll
-    for (int i = 0; i < Taps - 1; ++i) before(first - (Taps - 1) + i, window[i]);
-    for (int t = first; t < min(first + kRun, tokens); ++t) {
-        if (t >= bounds[document + 1]) {
-            while (t >= bounds[document + 1]) ++document;
-            #pragma unroll
-            for (int i = 0; i < Taps - 1; ++i) before(t - (Taps - 1) + i, window[i]);
-        }
-        before(t, window[Taps - 1]);
-        biased(x, (int64_t)t * 2 * channels + channels + channel, b2, u2);
-        gate<Taps>(window, w, u2, out);
-        store8<false>(y, (int64_t)t * channels + channel, out);
-        #pragma unroll
-        for (int i = 0; i < Taps - 1; ++i)
-            #pragma unroll
-            for (int j = 0; j < 8; ++j) window[i][j] = window[i + 1][j];
-        if (t == bounds[document + 1] - 1)
-            #pragma unroll
-            for (int i = 0; i < Taps - 1; ++i) store8<false>(carry_out, document * carried + (int64_t)i * channels + channel, window[i]);
-    }
-}
-
 extern "C" int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows,
                            int channels, int taps, void* stream) {
     const unsigned blocks = (unsigned)(((int64_t)rows * (channels / 8) + 127) / 128);
@@ -109,21 +63,6 @@ extern "C" int decode_conv(const void* x, const void* bias, const void* weight, 
         case 2: return run(conv_step<2>);
         case 3: return run(conv_step<3>);
         case 4: return run(conv_step<4>);
-    }
-    return (int)cudaErrorInvalidValue;
-}
-
-extern "C" int prefill_conv(const void* x, const void* bias, const void* weight, const int* bounds, const void* carry_in,
-                            void* carry_out, void* y, int documents, int tokens, int channels, int taps, void* stream) {
-    const dim3 grid((tokens + kRun - 1) / kRun, (channels / 8 + 127) / 128);
-    auto run = [&](auto kernel) {
-        return launch(kernel, grid, 128, 0, stream, (const bf16*)x, (const bf16*)bias, (const bf16*)weight, bounds,
-                      (const bf16*)carry_in, (bf16*)carry_out, (bf16*)y, documents, tokens, channels);
-    };
-    switch (taps) {
-        case 2: return run(conv_run<2>);
-        case 3: return run(conv_run<3>);
-        case 4: return run(conv_run<4>);
     }
     return (int)cudaErrorInvalidValue;
 }

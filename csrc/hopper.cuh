@@ -17,6 +17,14 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 template <int Pending> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
+// Rows from shared memory to device memory, read and written while the thread goes on. 16-byte aligned.
+__device__ __forceinline__ void bulk_store(void* to, uint32_t from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until shared memory may be written again; until all is written.
+__device__ __forceinline__ void bulk_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // What this thread wrote to shared memory becomes visible to wgmma (before the barrier that hands it over).
 __device__ __forceinline__ void fence_for_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -55,8 +63,15 @@ __device__ __forceinline__ void stsm2(uint32_t at, uint32_t a, uint32_t b) {
 }
 
 // ---------------------------------------------------------------------------------------------------- barriers
-__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+// One arrival a warp, after everything its lanes did. Tools that look for races do not follow __syncwarp into another
+// lane's arrival: with EVERY_LANE_ARRIVES defined each lane arrives for itself.
+#ifdef EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void barrier_init(uint32_t bar, int warps) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(warps * kWarpArrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
     asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(bar) : "memory");
@@ -76,10 +91,14 @@ __device__ __forceinline__ bool barrier_test(uint32_t bar, int parity) {        
 __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
     while (!barrier_passed(bar, parity)) {}
 }
-// One arrival a warp, after everything its lanes did.
 __device__ __forceinline__ void warp_arrive(uint32_t bar) {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(bar);
+    if (kWarpArrivals == 32 || (threadIdx.x & 31) == 0) barrier_arrive(bar);
+}
+
+// Until the kernel before this one in the stream is done, its results visible; the next one may start its first steps now.
+__device__ __forceinline__ void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // Registers of this warpgroup from here on: a multiple of 8.

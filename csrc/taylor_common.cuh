@@ -74,9 +74,10 @@ __device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, i
 // ---------------------------------------------------------------------------------------------------- shared memory
 // One stage of the ring: x and y feed the state; r (narrow) and u (U columns) are the rows that outputs are made for.
 // Terms: 2 where features keep 16 bits, in two bf16 terms, for the state that is handed to the user.
-// Helpers: threads that make features, and as many that load.
-template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_, int Helpers_> struct Layout {
-    static constexpr int Stages = Stages_, Published = Published_, Halves = Halves_, Terms = Terms_, Helpers = Helpers_, Columns = W;
+// Makers: threads that make features. Loaders: threads that load.
+template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_, int Makers_, int Loaders_> struct Layout {
+    static constexpr int Stages = Stages_, Published = Published_, Halves = Halves_, Terms = Terms_, Columns = W;
+    static constexpr int Makers = Makers_, Loaders = Loaders_;
     static constexpr int RowColumns = U;
     static constexpr bool WithRows = Rows;
     static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
@@ -86,7 +87,7 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     static constexpr int state = published + kRows * 4;
     static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
     static constexpr int bars = states + Published * state;
-    static constexpr int bytes = bars + 2 * (Stages + Published + Halves) * 8;
+    static constexpr int bytes = (bars + 2 * (Stages + Published + Halves) * 8 + 15) / 16 * 16;
 };
 template <class L> struct Shared {
     uint32_t base;
@@ -106,8 +107,8 @@ template <class L> struct Shared {
     // Called by every thread of the block.
     __device__ void init(int output_warps) const {
         if (threadIdx.x == 0) {
-            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), L::Helpers / 32); barrier_init(empty(i), kStateWarps + output_warps); }
-            for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), L::Helpers / 32); barrier_init(used(i), kStateWarps); }
+            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), L::Loaders / 32); barrier_init(empty(i), kStateWarps + output_warps); }
+            for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), min(L::Makers, kChunk) / 32); barrier_init(used(i), kStateWarps); }
             for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
         }
         __syncthreads();
@@ -117,17 +118,17 @@ template <class L> struct Shared {
 // ---------------------------------------------------------------------------------------------------- loading
 // Rows into planes, 16 bytes at a time, neighbouring lanes neighbouring vectors of a row: whole sectors of device memory
 // for every eight lanes. Rows past `valid` and vectors past `real` become zeros.
-template <int Helpers, int Vectors>
+template <int Loaders, int Vectors>
 __device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64_t stride, int valid, int real = Vectors) {
-    constexpr int Rows = Helpers / Vectors, Rest = Helpers % Vectors;  // from one item of a thread to its next
-    const int thread = threadIdx.x % Helpers;
+    constexpr int Rows = Loaders / Vectors, Rest = Loaders % Vectors;  // from one item of a thread to its next
+    const int thread = threadIdx.x % Loaders;
     int row = thread / Vectors, vector = thread % Vectors;
     from += row * stride + vector * 8;
     to += vector * kPlane + row * 16;
     const bool whole = valid >= kChunk && real == Vectors;
     const uint32_t zeros[4] = {0, 0, 0, 0};
-    #pragma unroll (Vectors > 8 ? 2 : 8)
-    for (int i = 0; i < Vectors * (kChunk / Helpers); ++i) {
+    #pragma unroll (Vectors > 8 ? 1 : 8)
+    for (int i = 0; i < Vectors * (kChunk / Loaders); ++i) {
         if (whole) copy16(to, from);
         else if (row < valid && vector < real) copy16(to, from);
         else store_shared_vector(to, zeros);
@@ -166,12 +167,14 @@ __device__ __forceinline__ void write_features(uint32_t to, const uint32_t (&x)[
             if (Terms == 2) store_shared_vector(at + kFeatures, rest);
         }
 }
-// The features of the walk's first `chunks` chunks, half a chunk at a time, one or two threads a token.
+// The features of the walk's first `chunks` chunks, half a chunk at a time: by one or two threads a token, or by two teams that
+// take turns.
 template <class L, bool Reverse>
 __device__ __forceinline__ void make_features(const Segment& s, int chunks, const Shared<L>& m) {
-    const int token = threadIdx.x & 63;
+    constexpr int Teams = L::Makers / kChunk > 1 ? 2 : 1;
+    const int token = threadIdx.x % kHalf;
     #pragma unroll 1
-    for (int n = 0; n < 2 * chunks; ++n) {
+    for (int n = Teams == 2 ? threadIdx.x / kChunk % 2 : 0; n < 2 * chunks; n += Teams) {
         const int i = n / 2, row = n % 2 * kHalf + token;
         const uint32_t at = m.stage(i), to = m.features(n) + token * 16;
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
@@ -188,7 +191,7 @@ __device__ __forceinline__ void make_features(const Segment& s, int chunks, cons
             lost[j] = Reverse && L::Terms == 2 ? residual2(x[j], one, z[j]) : 0u;
         }
         if (n >= L::Halves) barrier_wait(m.used(n), Shared<L>::half_parity(n - L::Halves));
-        const bool all = L::Helpers == kHalf, first = threadIdx.x % L::Helpers < kHalf;
+        const bool all = L::Makers == kHalf, first = threadIdx.x % kChunk < kHalf;
         if (all || first) write_features<0, L::Terms>(to, x, z, lost, one);
         if (all || !first) write_features<5, L::Terms>(to, x, z, lost, one);
         fence_for_tensor_cores();
@@ -198,11 +201,11 @@ __device__ __forceinline__ void make_features(const Segment& s, int chunks, cons
 
 template <class L, bool Reverse>
 __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<L>& m) {
-    const int thread = threadIdx.x % L::Helpers, chunks = chunk_count(s);
-    constexpr int Tokens = kChunk / L::Helpers;  // of a thread, Helpers apart
+    const int thread = threadIdx.x % L::Loaders, chunks = chunk_count(s);
+    constexpr int Tokens = kChunk / L::Loaders;  // of a thread, Loaders apart
     constexpr uint32_t last = L::y + L::Columns / 8 * kPlane;          // the last column's plane: ones (forwards), or zeros
     for (int i = 0; i < L::Stages; ++i)
-        for (int j = thread; j < kChunk * 4; j += L::Helpers) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
+        for (int j = thread; j < kChunk * 4; j += L::Loaders) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
     constexpr int Ahead = L::Stages < 4 ? L::Stages - 1 : 3;           // chunks on their way at a time
     int handed = 0;
     auto hand_over = [&] {
@@ -228,22 +231,23 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
         if (Reverse || L::RowColumns)
             #pragma unroll
             for (int j = 0; j < Tokens; ++j) {
-                const int token = thread + j * L::Helpers;
+                const int token = thread + j * L::Loaders;
                 const int64_t index = token_index(p, s.batch, first + token, head);
                 den[j] = token < valid ? p.denominator[index] : 0.f;
                 dot[j] = Reverse && token < valid ? p.grad_dot[index] : 0.f;
             }
-        load_planes<L::Helpers, 2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
+        load_planes<L::Loaders, 2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
         if (L::WithRows)
-            load_planes<L::Helpers, 2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
-        load_planes<L::Helpers, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid);
+            load_planes<L::Loaders, 2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
+        load_planes<L::Loaders, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid,
+                                               min(L::Columns, p.head_dim - column) / 8);
         if constexpr (L::RowColumns > 0)
-            load_planes<L::Helpers, L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
+            load_planes<L::Loaders, L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
         copies_commit();
         if (Reverse || L::RowColumns)
             #pragma unroll
             for (int j = 0; j < Tokens; ++j) {
-                const int token = thread + j * L::Helpers;
+                const int token = thread + j * L::Loaders;
                 const float inverse = token < valid ? 1.f / den[j] : 0.f;
                 asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot[j] * inverse) : "memory");
                 if (Reverse) store_shared(at + last + token * 16, pack(-dot[j], 0.f));
@@ -339,7 +343,7 @@ template <int N, bool Reverse> struct State {
         #pragma unroll
         for (int n = 0; n < N / 8; ++n)
             #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half)
                 *reinterpret_cast<float2*>(to + half * 8 * (p.head_dim + 8) + space_column(p, n, column)) =
                     make_float2(sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]);
     }
@@ -362,7 +366,7 @@ template <int N, bool Reverse> struct State {
             #pragma unroll
             for (int n = 0; n < N / 8; ++n)
                 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half) {
                     const float2 x = *reinterpret_cast<const float2*>(at + half * 8 * (p.head_dim + 8) + space_column(p, n, column));
                     sum[4 * n + 2 * half] += x.x;
                     sum[4 * n + 2 * half + 1] += x.y;
@@ -388,7 +392,8 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
             __syncwarp();
             if (state.tile() < kTiles) warp_arrive(m.published(n));
         }
-        if (i + 1 < chunks) state.update(m, i);
+        if (i + 1 == chunks) break;                  // nobody waits for the last stage: an arrival could end the phase of the one before
+        state.update(m, i);
         warp_arrive(m.empty(i));
     }
 }
@@ -455,11 +460,21 @@ template <typename F>
 inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return (int)e;
-    kernel<<<grid, threads, bytes, (cudaStream_t)p.stream>>>(p);
-    return (int)cudaGetLastError();
+    // Blocks may start while the kernel before ends: see wait_for_kernel_before.
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid; config.blockDim = dim3(threads); config.dynamicSmemBytes = bytes;
+    config.stream = (cudaStream_t)p.stream; config.attrs = &early; config.numAttrs = 1;
+    return (int)cudaLaunchKernelEx(&config, kernel, p);
 }
 
 }  // namespace taylor
+
+// Value columns of a block of the kernels that may share a head among two: whole sectors of device memory each, the second
+// block perhaps fewer real ones.
+template <int D> constexpr int kColumns = D <= 64 ? D : D <= 96 ? 48 : 64;
 
 // One instantiation for every supported head_dim.
 #define TAYLOR_DISPATCH(D, CALL)                                \

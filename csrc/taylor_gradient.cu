@@ -7,11 +7,12 @@ using namespace taylor;
 
 // How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
 template <int D> struct Shape {
-    static constexpr int Groups = D <= 64 ? 2 : 1, Helpers = D <= 64 ? 128 : 64, Threads = (kStateWarps + Groups * 4) * 32 + 2 * Helpers;
+    static constexpr int Groups = D <= 64 ? 2 : 1, Helpers = D <= 64 ? 128 : 64;    // threads that make features, and as many that load
+    static constexpr int Threads = (kStateWarps + Groups * 4) * 32 + 2 * Helpers;
     // Registers of a thread by role: the sum over warpgroups is what a block starts with, 504 and 480.
     static constexpr int State = D <= 64 ? 64 : 104, Output = 112, Feature = 56, Load = 32;
     static constexpr int Keys = D <= 64 ? 64 : 32, Features = 32;
-    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Helpers>;
+    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Helpers, Helpers>;
 };
 
 // Permutation matrices P_r[i][i + r mod 16] = 1, r = 1 .. 7, as right operands of `mma`: four words a lane.
@@ -30,8 +31,9 @@ __device__ __forceinline__ void write_permutations(uint32_t to) {
 }
 
 // dx += (dF/dx)^T d for the features [16 tile, 16 tile + 16): d [16 rows][16 features] of this warp, in an accumulator.
+// `moved` takes what moves to another element, so that neither sum waits for the other.
 template <int Tile>
-__device__ __forceinline__ void through_features(float (&dx)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
+__device__ __forceinline__ void through_features(float (&dx)[8], float (&moved)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
                                                  uint32_t permutations) {
     constexpr int r = Tile - 1;
     if constexpr (Tile == 0) {
@@ -55,41 +57,50 @@ __device__ __forceinline__ void through_features(float (&dx)[8], const float* d,
             const uint32_t a[4] = {mul2(pack(d[0], d[1]), x0[0]), mul2(pack(d[2], d[3]), x1[0]),
                                    mul2(pack(d[4], d[5]), x0[4]), mul2(pack(d[6], d[7]), x1[4])};
             const uint4 b = load_shared_vector(permutations + ((r - 1) * 32 + (threadIdx.x & 31)) * 16);
-            mma(dx, a, b.x, b.y);
-            mma(dx + 4, a, b.z, b.w);
+            mma(moved, a, b.x, b.y);
+            mma(moved + 4, a, b.z, b.w);
         }
     }
 }
 // The same for tiles First .. First + Count - 1, d their accumulators in a row.
 template <int First, int Count>
-__device__ __forceinline__ void through_tiles(float (&dx)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
-                                              uint32_t permutations) {
-    through_features<First>(dx, d, x0, x1, permutations);
-    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, d + 8, x0, x1, permutations);
+__device__ __forceinline__ void through_tiles(float (&dx)[8], float (&moved)[8], const float* d, const uint32_t (&x0)[8],
+                                              const uint32_t (&x1)[8], uint32_t permutations) {
+    through_features<First>(dx, moved, d, x0, x1, permutations);
+    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, moved, d + 8, x0, x1, permutations);
 }
 
-// The gradient that comes through the published state, Features rows of it at a time, from row 16 First on.
+// The gradient that comes through the published state, Features rows of it at a time: the next ones are multiplied while
+// those before go through the features' derivatives.
 // u: rows of the wide operand; sign, dot: what their last column adds (see publish), dot0 and dot1 for rows g and g + 8.
-template <int D, int Features, int First>
-__device__ __forceinline__ void through_state(float (&dx)[8], uint32_t u, uint32_t state, uint32_t last, float dot0, float dot1,
-                                              const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
-    float d[Features / 2] = {};
+template <int D, int Features>
+__device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint32_t u, uint32_t state, int first) {
     wgmma_begin();
     #pragma unroll
     for (int k = 0; k < D / 16; ++k)
         Wgmma<Features>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128),
-                            operand(state + First * 256 + k * 2 * kStatePlane, kStatePlane, 128), 1);
+                            operand(state + first * 256 + k * 2 * kStatePlane, kStatePlane, 128), k > 0);
     wgmma_commit();
-    wgmma_wait<0>();
+}
+template <int D, int Features, int First>
+__device__ __forceinline__ void through_state(float (&dx)[8], float (&moved)[8], float (&d)[Features / 2], uint32_t u, uint32_t state, uint32_t last,
+                                              float dot0, float dot1, const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
+    constexpr int Next = First + Features / 16;
+    float next[Features / 2];
+    if constexpr (Next < kTiles) {
+        multiply_state<D, Features>(next, u, state, Next);
+        wgmma_wait<1>();
+    } else {
+        wgmma_wait<0>();
+    }
     #pragma unroll
     for (int n = 0; n < Features / 8; ++n) {
         const float2 z = load_shared2(last + (First * 16 + n * 8 + (threadIdx.x & 3) * 2) * 4);
         d[4 * n] += dot0 * z.x; d[4 * n + 1] += dot0 * z.y;
         d[4 * n + 2] += dot1 * z.x; d[4 * n + 3] += dot1 * z.y;
     }
-    through_tiles<First, Features / 16>(dx, d, x0, x1, permutations);
-    if constexpr (First + Features / 16 < kTiles)
-        through_state<D, Features, First + Features / 16>(dx, u, state, last, dot0, dot1, x0, x1, permutations);
+    through_tiles<First, Features / 16>(dx, moved, d, x0, x1, permutations);
+    if constexpr (Next < kTiles) through_state<D, Features, Next>(dx, moved, next, u, state, last, dot0, dot1, x0, x1, permutations);
 }
 
 // grad_o . o of the warp's 16 tokens from `first` of the segment on, once the stage is full: to `factors`, where this walk
@@ -163,9 +174,13 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                 barrier_wait(m.published(n), Shared<L>::state_parity(n));
                 if (work) {
                     uint32_t x0[8], x1[8];
+                    float d[Shape<D>::Features / 2], moved[8] = {};
+                    multiply_state<D, Shape<D>::Features>(d, u, m.state(n), 0);
                     load_rows(x0, x1, rows);
-                    through_state<D, Shape<D>::Features, 0>(dx, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
+                    through_state<D, Shape<D>::Features, 0>(dx, moved, d, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
                                                             Reverse ? 1.f : -f1.y, x0, x1, m.base + L::bytes);
+                    #pragma unroll
+                    for (int j = 0; j < 8; ++j) dx[j] += moved[j];
                 }
                 if (turn + Groups >= 2) warp_arrive(m.released(n));
             }
@@ -230,10 +245,11 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     using L = typename Shape<D>::Tiles;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
-    Segment s;
-    if (!find_segment(p, blockIdx.x, s)) return;
     write_permutations(m.base + L::bytes);
     m.init(Shape<D>::Groups * 4);
+    wait_for_kernel_before();
+    Segment s;
+    if (!find_segment(p, blockIdx.x, s)) return;
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
         if constexpr (Shape<D>::State * Shape<D>::Threads <= 65536) registers_down<Shape<D>::State>();
@@ -242,7 +258,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     } else if (warp < kStateWarps + Shape<D>::Groups * 4) {
         registers_up<Shape<D>::Output>();
         make_gradients<D, Reverse>(p, s, blockIdx.y, m);
-    } else if (const bool maker = warp < kStateWarps + Shape<D>::Groups * 4 + Shape<D>::Helpers / 32; L::Helpers == 64) {
+    } else if (const bool maker = warp < kStateWarps + Shape<D>::Groups * 4 + Shape<D>::Helpers / 32; L::Makers == 64) {
         registers_down<Shape<D>::Feature>();     // both roles share the warpgroup
         if (maker) make_features<L, Reverse>(s, chunk_count(s) - 1, m);
         else load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);

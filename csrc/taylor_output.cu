@@ -2,11 +2,11 @@
 //   o_t = (F(q_t) G S + sum_j w_tj [v_j | 1]) over its own last columns, j <= t inside the chunk; denominators go out too.
 // Backwards, with R = sum_t F(q_t) / den_t [grad_o_t | ...] over the tokens behind the chunk:
 //   dv_j = F(k_j) G R + sum_t w_tj / den_t grad_o_t, t >= j inside the chunk.
-// One block a (segment, head, half of the value columns where head_dim > 64).
+// One block a (segment, head, part of the value columns where head_dim > 64).
 #include "taylor_common.cuh"
 using namespace taylor;
 
-template <int W> using Tiles = Layout<W, 0, true, 4, 2, 2, 1, 128>;
+template <int W> using Tiles = Layout<W, 0, true, 4, 2, 2, 1, 128, 128>;
 constexpr int kOutputWarps = 8, kThreads = (kStateWarps + kOutputWarps + 8) * 32;
 
 template <int W, bool Reverse>
@@ -20,34 +20,14 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), half = half_of(group, i), n = i - skipped;
         const uint32_t at = m.stage(i), rows = at + L::r + (half * 64 + warp * 16) * 16;
         const bool work = half * 64 < valid;
-        float acc[N / 2] = {};
+        float acc[N / 2];
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if (n >= 0) {
-            barrier_wait(m.published(n), Shared<L>::state_parity(n));
-            if (work) {
-                uint32_t x0[8], x1[8];
-                load_rows(x0, x1, rows);
-                #pragma unroll
-                for (int first = 0; first < kTiles; first += 5) {
-                    uint32_t a[5][4];
-                    #pragma unroll
-                    for (int j = 0; j < 5; ++j) features(a[j], x0, x1, first + j);
-                    wgmma_begin();
-                    #pragma unroll
-                    for (int j = 0; j < 5; ++j)
-                        Wgmma<N>::template rs<1>(acc, a[j], operand(m.state(n) + (first + j) * 256, 128, kStatePlane), 1);
-                    wgmma_commit();
-                }
-                wgmma_wait<0>();
-            }
-            warp_arrive(m.released(n));
-        }
-        if (work) {
+        if (work) {                                  // inside the chunk
             uint32_t own[4];
             load_own(own, rows);
-            const int last = Reverse ? (valid + 63) / 64 : half + 1;
+            const int from = Reverse ? half : 0, last = Reverse ? (valid + 63) / 64 : half + 1;
             #pragma unroll 1
-            for (int block = Reverse ? half : 0; block < last; ++block) {
+            for (int block = from; block < last; ++block) {
                 float w[32];
                 wgmma_begin();
                 Wgmma<64>::rs<0>(w, own, operand(at + L::x + block * 1024, kPlane, 128), 0);
@@ -73,14 +53,35 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
                 wgmma_begin();
                 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-                    Wgmma<N>::template rs<1>(acc, a[k], operand(at + L::y + block * 1024 + k * 256, 128, kPlane), 1);
+                    Wgmma<N>::template rs<1>(acc, a[k], operand(at + L::y + block * 1024 + k * 256, 128, kPlane), k > 0 || block > from);
                 wgmma_commit();
                 wgmma_wait<0>();
             }
         }
+        if (n >= 0) {                                // through the state before it
+            if (work) {
+                uint32_t x0[8], x1[8], a[5][4];
+                load_rows(x0, x1, rows);
+                #pragma unroll
+                for (int first = 0; first < kTiles; first += 5) {
+                    #pragma unroll
+                    for (int j = 0; j < 5; ++j) features(a[j], x0, x1, first + j);
+                    if (first == 0) barrier_wait(m.published(n), Shared<L>::state_parity(n));
+                    wgmma_begin();
+                    #pragma unroll
+                    for (int j = 0; j < 5; ++j)
+                        Wgmma<N>::template rs<1>(acc, a[j], operand(m.state(n) + (first + j) * 256, 128, kStatePlane), 1);
+                    wgmma_commit();
+                }
+                wgmma_wait<0>();
+            } else {
+                barrier_wait(m.published(n), Shared<L>::state_parity(n));
+            }
+            warp_arrive(m.released(n));
+        }
         warp_arrive(m.empty(i));
         if (!work) continue;
-        // Through shared memory, so that rows go out in whole sectors.
+        // Through shared memory: one bulk copy a row.
         constexpr int Stride = W * 2 + 16;
         const int first = half * 64 + warp * 16;
         const uint32_t own_rows = m.base + Tiles<W>::bytes + (group * 4 + warp) * 16 * Stride;
@@ -89,9 +90,12 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
         auto top = [&](int c) { return pack(acc[4 * c] * f0, acc[4 * c + 1] * f0); };
         auto bottom = [&](int c) { return pack(acc[4 * c + 2] * f1, acc[4 * c + 3] * f1); };
         const uint32_t to = own_rows + (lane & 15) * Stride + (lane >> 4) * 16;
+        bulk_stores_read();                          // those of the chunk before have left
+        __syncwarp();
         #pragma unroll
         for (int c = 0; c + 1 < W / 8; c += 2) stsm4(to + c * 16, top(c), bottom(c), top(c + 1), bottom(c + 1));
         if (W / 8 % 2) stsm2(to + (W / 8 - 1) * 16, top(W / 8 - 1), bottom(W / 8 - 1));
+        fence_for_tensor_cores();
         __syncwarp();
         const int64_t index = token_index(p, s.batch, s.first + begin + first, head);
         if (!Reverse && t == 0 && column == 0) {
@@ -99,15 +103,12 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
             for (int side = 0; side < 2; ++side)
                 if (first + (lane >> 2) + side * 8 < valid) p.denominator[index + (int64_t)((lane >> 2) + side * 8) * p.heads] = den[side];
         }
-        bf16* out = (bf16*)(Reverse ? p.dv : p.o) + index * p.head_dim + column;
-        #pragma unroll
-        for (int v = lane; v < 2 * W; v += 32) {
-            const int row = v / (W / 8), c = v % (W / 8) * 8;
-            if (first + row < valid)
-                *reinterpret_cast<uint4*>(out + (int64_t)row * p.heads * p.head_dim + c) = load_shared_vector(own_rows + row * Stride + c * 2);
-        }
-        __syncwarp();
+        if (lane < 16 && first + lane < valid)
+            bulk_store((bf16*)(Reverse ? p.dv : p.o) + (index + (int64_t)lane * p.heads) * p.head_dim + column, own_rows + lane * Stride,
+                       min(W, p.head_dim - column) * 2);
+        bulk_stores_commit();
     }
+    bulk_stores_done();
 }
 
 template <int W, bool Reverse>
@@ -115,10 +116,11 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
     using L = Tiles<W>;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
-    const int parts = p.head_dim / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
+    const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
+    m.init(kOutputWarps);
+    wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
-    m.init(kOutputWarps);
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
         registers_down<64>();
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
 
 template <int W> static int run(const TaylorArgs& p) {
     constexpr int bytes = Tiles<W>::bytes + kOutputWarps * 16 * (W * 2 + 16);
-    const dim3 grid(p.slots * (p.head_dim / W), p.heads);
+    const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
     return p.reverse ? launch(output<W, true>, grid, kThreads, bytes, p) : launch(output<W, false>, grid, kThreads, bytes, p);
 }
-extern "C" int taylor_output(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, (run<kD <= 64 ? kD : kD / 2>(*p))) }
+extern "C" int taylor_output(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -1,22 +1,23 @@
 // Sum over one segment of F(x_t) y_t^T (x, y: see taylor_common.cuh), fp32, to the work space. One block a (segment, head,
-// half of the value columns where head_dim > 64).
+// part of the value columns where head_dim > 64).
 #include "taylor_common.cuh"
 using namespace taylor;
 
-constexpr int kSegmentThreads = (kStateWarps + 8) * 32;
-template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, 2, Exact ? 2 : 1, 128>;
+constexpr int kMakers = 256, kLoaders = 128, kSegmentThreads = kStateWarps * 32 + kMakers + kLoaders;
+template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, 2, Exact ? 2 : 1, kMakers, kLoaders>;
 
 template <int W, bool Exact, bool Reverse>
 __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid_constant__ TaylorArgs p) {
     using L = Tiles<W, Exact>;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
-    const int parts = p.head_dim / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
+    const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
+    m.init(0);
+    wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
-    m.init(0);
     const int warp = threadIdx.x >> 5;
-    if (warp >= kStateWarps + 4) {
+    if (warp >= kStateWarps + kMakers / 32) {
         load_chunks<L, Reverse>(p, s, head, column, m);
         return;
     }
@@ -33,9 +34,9 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
 }
 
 template <int W, bool Exact> static int run(const TaylorArgs& p) {
-    const dim3 grid(p.slots * (p.head_dim / W), p.heads);
+    const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
     return p.reverse ? launch(segment_state<W, Exact, true>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p)
                      : launch(segment_state<W, Exact, false>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p);
 }
 template <int W> static int run(const TaylorArgs& p) { return p.exact ? run<W, true>(p) : run<W, false>(p); }
-extern "C" int taylor_segment_state(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, (run<kD <= 64 ? kD : kD / 2>(*p))) }
+extern "C" int taylor_segment_state(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from based_mp.config import Config
 from based_mp.model.layer_specs import block_spec
+from based_mp.ops.fused.cross_entropy import cross_entropy
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,7 +26,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     if config.training.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif config.training.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        recompute = {"recompute_granularity": "selective"}           # see based_mp/model/recompute.py
 
     def normal(std: float):
         return lambda weight: torch.nn.init.normal_(weight, 0.0, std)
@@ -47,13 +48,21 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=False, apply_rope_fusion=False, **recompute)
 
 
-def build_model(config: Config) -> GPTModel:
+class BasedModel(GPTModel):
+    """Megatron-core's GPTModel with a cross-entropy that makes no copy of the logits."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Of labels [b, s] and logits [s, b, padded_vocab / tp], the loss of every token [b, s] in fp32."""
+        return cross_entropy(logits, labels.transpose(0, 1).contiguous(), self.pg_collection.tp).transpose(0, 1)
+
+
+def build_model(config: Config) -> BasedModel:
     """The model of `config`, on this rank's device, after the process groups are initialised.
 
     `model(tokens [b, s], position_ids, None, labels=[b, s])` gives the loss of every token [b, s] in fp32;
     without labels the logits [b, s, padded_vocab / tp].
     """
-    model = GPTModel(
+    model = BasedModel(
         config=transformer_config(config), transformer_layer_spec=block_spec(config.model),
         vocab_size=config.model.padded_vocab_size, max_sequence_length=config.training.seq_length,
         parallel_output=True, share_embeddings_and_output_weights=config.model.tie_embeddings,

@@ -18,10 +18,12 @@ from based_mp.ops.gated_conv import gated_conv
 class GatedConv(Mixer):
     """u1, u2 = linear_in(x) (2·d_model each, bias); y = linear_out(silu(conv(u1)) ∘ u2) + bias."""
 
+    cheap = True
+
     def __init__(self, config: TransformerConfig, submodules: None = None, *, kernel: int = 3, **kwargs: Any) -> None:
         channels = 2 * config.hidden_size
         super().__init__(config, submodules, width=2 * channels, out_width=channels, in_bias=True, in_stride=2,
-                         **kwargs)
+                         **kwargs)                          # its bias is added by the convolution
         self.kernel, self.channels = kernel, channels // self.tp_size
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.conv_weight = torch.nn.Parameter(torch.empty(self.channels, kernel, **options))
@@ -42,5 +44,4 @@ class GatedConv(Mixer):
         return replicated(self.out_bias, self.config)
 
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        u1, u2 = x.chunk(2, -1)
-        return gated_conv(u1, u2, self.conv_weight, cu_seqlens=cu_seqlens)
+        return gated_conv(x, self.conv_weight, self.linear_in.bias, cu_seqlens=cu_seqlens)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from based_mp.config import ModelConfig
 from based_mp.model.gated_conv import GatedConv
+from based_mp.model.layer import Layer
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.model.norms import RMSNorm
 from based_mp.model.softmax_attention import SoftmaxAttention
@@ -33,12 +30,5 @@ def mixer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
 
 def block_spec(model: ModelConfig) -> TransformerBlockSubmodules:
     """The whole stack: a layer spec per layer, and the final norm."""
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear,
-                                                          linear_fc2=RowParallelLinear))
-    layers = [
-        ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm, self_attention=mixer_spec(kind, model), self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
-        for kind in model.mixers
-    ]
+    layers = [ModuleSpec(module=Layer, params={"mixer": mixer_spec(kind, model)}) for kind in model.mixers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -13,6 +13,23 @@ from based_mp.ops.linear_attention import log_decay, taylor_linear_attention
 from based_mp.ops.reference import taylor_denominator
 
 
+class _SplitHeads(torch.autograd.Function):
+    """[s, b, h, f + f + d] → views q, k [b, s, h, f], v [b, s, h, d], whose gradients are written into one tensor."""
+
+    @staticmethod
+    def forward(ctx, x, f):
+        x = x.transpose(0, 1)
+        return x[..., :f], x[..., f : 2 * f], x[..., 2 * f :]
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        b, s, h, f = dq.shape
+        dx = torch.empty(s, b, h, 2 * f + dv.shape[-1], dtype=dv.dtype, device=dv.device)
+        for part, grad in zip(dx.transpose(0, 1).split([f, f, dv.shape[-1]], -1), (dq, dk, dv), strict=True):
+            part.copy_(grad)
+        return dx, None
+
+
 class LinearAttention(Mixer):
     """q, k: d_model → heads·feature_dim; v: d_model → heads·head_dim; out: heads·head_dim → d_model; no biases.
 
@@ -38,9 +55,7 @@ class LinearAttention(Mixer):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, width] → q, k [b, s, h, f], v [b, s, h, d]."""
-        f = self.feature_dim
-        heads = x.unflatten(-1, (self.heads, 2 * f + self.head_dim)).transpose(0, 1)
-        return heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :]
+        return _SplitHeads.apply(x.unflatten(-1, (self.heads, -1)), self.feature_dim)
 
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = self._split(x)

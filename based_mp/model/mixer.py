@@ -1,24 +1,27 @@
-"""What every token mixer shares: its projections and its place in a Megatron-core TransformerLayer."""
+"""What every token mixer shares: its projections and its place in a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from based_mp.model.recompute import recomputed
+
 
 class Mixer(MegatronModule):
     """Base of the mixers: `linear_in` (column parallel) → `mix` → `linear_out` (row parallel).
 
     A subclass gives the width of `linear_in` and implements
-    `mix(x [s, b, width / tp], cu_seqlens) -> [s, b, out_width / tp]`.
+    `mix(x [s, b, width / tp], cu_seqlens) -> [s, b, out_width / tp]`. `cheap` mixing is done again under selective
+    recomputation.
     """
+
+    cheap = False
 
     def __init__(self, config: TransformerConfig, submodules: None = None, layer_number: int = 1,
                  pg_collection: ProcessGroupCollection | None = None, cp_comm_type: str | None = None, *,
@@ -30,7 +33,7 @@ class Mixer(MegatronModule):
         # With SwiGLU's trick of stride 2, each rank's slice is [first half | second half].
         self.linear_in = ColumnParallelLinear(
             config.hidden_size, width, config=config, init_method=config.init_method, bias=in_bias,
-            gather_output=False, stride=in_stride, tp_group=tp_group)
+            gather_output=False, stride=in_stride, skip_bias_add=True, tp_group=tp_group)
         self.linear_out = RowParallelLinear(
             out_width, config.hidden_size, config=config, init_method=config.output_layer_init_method, bias=False,
             input_is_parallel=True, skip_bias_add=True, tp_group=tp_group)
@@ -43,7 +46,11 @@ class Mixer(MegatronModule):
         state is reset at document boundaries.
         """
         x, _ = self.linear_in(hidden_states)
-        return self.linear_out(self._recomputable(self._mix_packed, x, packed_seq_params))[0], self.output_bias()
+        y, kept = self._mix_packed(x, packed_seq_params), x.detach()
+        if not self.cheap:
+            return self.linear_out(y)[0], self.output_bias()
+        with recomputed(y, lambda: self._mix_packed(kept, packed_seq_params), self, self.config):
+            return self.linear_out(y)[0], self.output_bias()
 
     def output_bias(self) -> Tensor | None:
         """Added to the output by the transformer layer."""
@@ -58,9 +65,3 @@ class Mixer(MegatronModule):
         s, b, _ = x.shape
         packed = x.transpose(0, 1).reshape(s * b, 1, -1)
         return self.mix(packed, cu_seqlens).reshape(b, s, -1).transpose(0, 1)
-
-    def _recomputable(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Under selective recomputation the mixing is done again in the backward pass; its projections are not."""
-        if self.training and self.config.recompute_granularity == "selective":
-            return tensor_parallel.checkpoint(function, False, *args)
-        return function(*args)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+
+from based_mp.ops.fused.norm import add_rms_norm
 
 
 def replicated(parameter: Tensor, config: TransformerConfig) -> Tensor:
@@ -27,6 +30,13 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = replicated(self.weight, self.config)
-        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps).to(self.weight.dtype)
+    def forward(self, x: Tensor, delta: Tensor | None = None, bias: Tensor | None = None, *,
+                return_sum: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of h = x + delta (+ bias), [..., hidden_size]; with return_sum (h in x's dtype, norm)."""
+        h, y = add_rms_norm(x, delta, replicated(self.weight, self.config), bias=bias, eps=self.eps)
+        return (h, y) if return_sum else y
+
+    def again(self, h: Tensor) -> Callable[[], Tensor]:
+        """A function that makes the norm of h once more."""
+        h = h.detach()
+        return lambda: add_rms_norm(h, None, self.weight, eps=self.eps)[1]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from based_mp.model.mixer import Mixer
-from based_mp.ops.window_attention import causal_attention, rope
+from based_mp.ops.window_attention import rotary_attention
 
 
 class SoftmaxAttention(Mixer):
@@ -26,13 +25,5 @@ class SoftmaxAttention(Mixer):
         self.heads, self.window = heads // self.tp_size, window
         self.rotary = {"base": rotary_base, "fraction": rotary_fraction}
 
-    def _split(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, width] → q, k (rotated), v [b, s, h, d]."""
-        q, k, v = x.unflatten(-1, (self.heads, 3, self.head_dim)).transpose(0, 1).unbind(-2)
-        return rope(q, positions, **self.rotary), rope(k, positions, **self.rotary), v
-
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        # Attention depends on distances alone, so a packed document may keep its position in the pack.
-        positions = torch.arange(x.shape[0], device=x.device)[None]
-        q, k, v = self._split(x, positions)
-        return causal_attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens).transpose(0, 1).flatten(2)
+        return rotary_attention(x, self.heads, window=self.window, cu_seqlens=cu_seqlens, **self.rotary)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 from types import ModuleType
 
@@ -22,6 +24,11 @@ def _load_extension() -> ModuleType | None:
     except ImportError:
         return None
 
+
+# BASED_MP_BACKEND=torch: every op in plain torch, to compare with or to look for a fault.
+_TORCH_ONLY = os.environ.get("BASED_MP_BACKEND") == "torch"
+HAS_TRITON = importlib.util.find_spec("triton") is not None          # comes with CUDA builds of torch
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"       # Triton's kernels run on the CPU, for tests
 
 _EXTENSION = _load_extension()         # once, when imported: torch.compile cannot trace an import
 
@@ -65,13 +72,36 @@ def _unusable(device: torch.device) -> str | None:
 
 def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None) -> str:
     """"cuda" where the kernels can run these inputs, else "torch"; on a GPU, one warning says why not."""
-    if not q.is_cuda:
+    if not q.is_cuda or _TORCH_ONLY:
         return "torch"
     reason = _refusal(q, k, v, decay)
     if reason is None:
         return "cuda"
     _warn_once("Taylor linear attention", reason)
     return "torch"
+
+
+def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
+    """"cuda" where the gated convolution's kernels can run these inputs, else "torch", with one warning on a GPU."""
+    if not x.is_cuda or _TORCH_ONLY:
+        return "torch"
+    reason = None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
+        reason = f"inputs are {x.dtype} and {weight.dtype}; the kernels take bf16, fp16 or fp32"
+    elif weight.shape[1] != 3 or weight.shape[0] % 8 or x.numel() == 0:
+        reason = f"the weight is {tuple(weight.shape)}; the kernels take width 3 and a multiple of 8 channels"
+    elif carry is not None and carry.requires_grad and torch.is_grad_enabled():
+        reason = "the carry's gradient has no kernel"
+    reason = reason or _unusable(x.device)
+    if reason:
+        _warn_once("The gated convolution", reason)
+    return "torch" if reason else "cuda"
+
+
+def fused_backend(x: Tensor) -> str:
+    """"triton" for the element-wise ops of `based_mp.ops.fused` on a GPU with Triton, else "torch"."""
+    usable = (x.is_cuda or TRITON_INTERPRETED) and HAS_TRITON and x.dtype != torch.float64
+    return "triton" if usable and not _TORCH_ONLY else "torch"
 
 
 def _decode_refusal(weight: Tensor, model: ModelConfig, tp_size: int) -> str | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops.backends import extension
-from based_mp.ops.decode_torch import embed, rotations
+from based_mp.ops.decode_torch import conv_run, embed, rotations
 
 __all__ = ["attention_step", "conv_run", "conv_step", "embed", "embed_step", "linear", "linear_add", "norm_linear",
            "rope_run", "rotations", "sample", "taylor_step_"]
@@ -98,14 +98,6 @@ def conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Ten
     extension().decode_conv(_at(x), _at(bias), _at(weight), _at(slots), _at(carry), _at(y), rows, channels, taps,
                             _stream())
     return y
-
-
-def conv_run(x: Tensor, bias: Tensor, weight: Tensor, bounds: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, (channels, taps) = x.shape[0], weight.shape
-    y, after = x.new_empty(tokens, channels), torch.empty_like(carry)
-    extension().prefill_conv(_at(x), _at(bias), _at(weight), _at(bounds), _at(carry), _at(after), _at(y),
-                             bounds.shape[0] - 1, tokens, channels, taps, _stream())
-    return y, after
 
 
 def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor | None, feature_dim: int) -> Tensor:

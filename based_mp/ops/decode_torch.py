@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from based_mp.ops.gated_conv import conv_carry, gated_conv
+from based_mp.ops.gated_conv import gated_conv
 from based_mp.ops.reference import TaylorState, taylor_step
 
 PADS_ROWS = False                # `slots` holds −1 nowhere: any number of rows runs as it is
@@ -65,17 +65,14 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 def conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
     """One token a row. x [n, 2·channels] without its bias; carry [slots, taps − 1, channels] → [n, channels]."""
     slots = slots.long()
-    u1, u2 = (x + bias).chunk(2, -1)
-    before = carry[slots]
-    carry[slots] = conv_carry(u1[None], weight.shape[1], carry=before)
-    return gated_conv(u1[None], u2[None], weight, carry=before)[0]
+    y, carry[slots] = gated_conv(x[None], weight, bias, carry=carry[slots], return_carry=True)
+    return y[0]
 
 
 def conv_run(x: Tensor, bias: Tensor, weight: Tensor, bounds: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
     """Packs: x [tokens, 2·channels], bounds int32 [docs + 1], carry [docs, taps − 1, channels] → y, carry."""
-    u1, u2 = (x + bias)[:, None].chunk(2, -1)
-    y = gated_conv(u1, u2, weight, cu_seqlens=bounds, carry=carry)
-    return y[:, 0], conv_carry(u1, weight.shape[1], cu_seqlens=bounds, carry=carry)
+    y, carry = gated_conv(x[:, None], weight, bias, cu_seqlens=bounds, carry=carry, return_carry=True)
+    return y[:, 0], carry
 
 
 def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor | None, feature_dim: int) -> Tensor:

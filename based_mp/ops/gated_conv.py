@@ -1,4 +1,8 @@
-"""Gated short convolution: y = silu(causal_depthwise_conv(u1)) ∘ u2 (the BaseConv mixer without its projections)."""
+"""Gated short convolution: y = silu(causal_depthwise_conv(u1)) ∘ u2 (the BaseConv mixer without its projections).
+
+It works on the input projection's output as it lies, u1 | u2 in the last dimension and without the projection's bias,
+so that nothing is split, copied or read twice. CUDA (csrc/gated_conv_*.cu) where it can run, plain torch elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from based_mp.ops import backends
 
-def gated_conv(u1: Tensor, u2: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None,
-               carry: Tensor | None = None) -> Tensor:
-    """silu(conv(u1)) ∘ u2 along the sequence, any length.
+STRIP = 64                    # tokens a part of the weight gradient (kStrip of csrc/gated_conv_backward.cu)
+_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-    u1, u2: [seq, batch, channels]; weight: [channels, width], the last tap on the own position.
+
+def gated_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+               carry: Tensor | None = None, return_carry: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """silu(conv(u1)) ∘ u2 along the sequence with u1 | u2 = x + bias, any length ≥ 1.
+
+    x: [seq, batch, 2·channels]; weight: [channels, width], the last tap on the own position; bias: [2·channels].
     cu_seqlens: int [docs + 1] with batch 1: the convolution does not look across document starts.
-    carry: [rows, width − 1, channels], the inputs before the first token of each row (or document); default zeros.
-    Returns [seq, batch, channels].
+    carry: [rows, width − 1, channels], u1 before the first token of each row (or document); default zeros.
+    Returns y [seq, batch, channels]; with return_carry also the carry of the next call.
+    bf16, fp16 and fp32 (sums in fp32), fp64 in plain torch. Raises ValueError for shapes that do not fit together.
     """
+    channels, width = weight.shape
+    rows = x.shape[1] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if x.dim() != 3 or x.shape[-1] != 2 * channels or (cu_seqlens is not None and x.shape[1] != 1):
+        raise ValueError(f"expected x [seq, batch, {2 * channels}], batch 1 with cu_seqlens, got {tuple(x.shape)}")
+    if carry is not None and carry.shape != (rows, width - 1, channels):
+        raise ValueError(f"expected carry {(rows, width - 1, channels)}, got {tuple(carry.shape)}")
+    if backends.gated_conv_backend(x, weight, carry) == "cuda":
+        cu = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int32).contiguous()
+        y, out = _forward(x, weight, bias, cu, carry, return_carry)
+        return (y, out) if return_carry else y
+    return _torch(x, weight, bias, cu_seqlens, carry, return_carry)
+
+
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, carry: Tensor | None,
+           return_carry: bool) -> Tensor | tuple[Tensor, Tensor]:
     width = weight.shape[1]
-    seq, batch, channels = u1.shape
+    seq, batch, _ = x.shape
+    u1, u2 = (x if bias is None else x + bias).chunk(2, -1)
     if cu_seqlens is None:
-        head = u1.new_zeros(width - 1, batch, channels) if carry is None else carry.transpose(0, 1).to(u1.dtype)
+        head = u1.new_zeros(width - 1, *u1.shape[1:]) if carry is None else carry.transpose(0, 1).to(u1.dtype)
         padded = torch.cat([head, u1])
         taps = [padded[i : i + seq] for i in range(width)]
     else:
         taps = _packed_taps(u1, width, cu_seqlens, carry)
-    mixed = sum(tap * weight[:, i] for i, tap in enumerate(taps))
-    return F.silu(mixed) * u2
+    y = F.silu(sum(tap * weight[:, i] for i, tap in enumerate(taps))) * u2
+    if not return_carry:
+        return y
+    if carry is None:
+        carry = u1.new_zeros(batch if cu_seqlens is None else cu_seqlens.numel() - 1, width - 1, u1.shape[-1])
+    return y, conv_carry(u1, width, cu_seqlens=cu_seqlens, carry=carry)
 
 
 def _packed_taps(u1: Tensor, width: int, cu_seqlens: Tensor, carry: Tensor | None) -> list[Tensor]:
@@ -55,3 +85,82 @@ def conv_carry(u1: Tensor, width: int, *, cu_seqlens: Tensor | None = None, carr
     rows = [torch.cat([carry[d].to(u1.dtype), u1[a:e, 0]])[-(width - 1) :]
             for d, (a, e) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
     return torch.stack(rows)
+
+
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """As the kernels read it: contiguous, on a 16-byte boundary."""
+    if x is None or (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(backward: bool, x: Tensor, *others: Tensor | None, docs: int) -> None:
+    """others: in the order of GatedConvArgs."""
+    pointers = [0 if t is None else t.data_ptr() for t in (x, *others)]
+    seq, batch, width = x.shape
+    with torch.cuda.device(x.device):
+        backends.extension().gated_conv(backward, pointers, [seq, batch, width // 2, docs, _DTYPES.index(x.dtype)],
+                                        torch.cuda.current_stream().cuda_stream)
+
+
+def _rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[1] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+@torch.library.custom_op("based_mp::gated_conv_forward", mutates_args=(), device_types="cuda")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, carry: Tensor | None,
+             return_carry: bool) -> tuple[Tensor, Tensor]:
+    """y, and the carry after the last token (empty unless asked for)."""
+    before = None if carry is None else carry.to(x.dtype)
+    x, weight, bias, before = (_aligned(t) for t in (x, weight, bias, before))
+    rows, channels = _rows(x, cu_seqlens), weight.shape[0]
+    y = torch.empty(*x.shape[:2], channels, dtype=x.dtype, device=x.device)
+    after = x.new_empty(0)
+    if return_carry:
+        after = x.new_zeros(rows, 2, channels) if before is None else before.clone()
+    _launch(False, x, weight, bias, cu_seqlens, before, after if return_carry else None, y, *[None] * 5, docs=rows)
+    return y, after
+
+
+@_forward.register_fake
+def _(x, weight, bias, cu_seqlens, carry, return_carry):
+    channels = weight.shape[0]
+    return (x.new_empty(*x.shape[:2], channels),
+            x.new_empty((_rows(x, cu_seqlens), 2, channels) if return_carry else (0,)))
+
+
+@torch.library.custom_op("based_mp::gated_conv_backward", mutates_args=(), device_types="cuda")
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
+              carry: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (in x's layout), weight and bias (empty without one)."""
+    before = None if carry is None else carry.to(x.dtype)
+    dy, x, weight, bias, before = (_aligned(t) for t in (dy, x, weight, bias, before))
+    seq, batch, _ = x.shape
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    partial = torch.empty(-(-seq // STRIP) * batch, 5, weight.shape[0], dtype=torch.float32, device=x.device)
+    _launch(True, x, weight, bias, cu_seqlens, before, None, None, dy, dx, partial, dweight,
+            None if bias is None else dbias, docs=_rows(x, cu_seqlens))
+    return dx, dweight, dbias
+
+
+@_backward.register_fake
+def _(dy, x, weight, bias, cu_seqlens, carry):
+    return (torch.empty_like(x, memory_format=torch.contiguous_format),
+            torch.empty_like(weight, memory_format=torch.contiguous_format),
+            x.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, bias, cu_seqlens, carry, _ = inputs
+    ctx.save_for_backward(x, weight, bias, cu_seqlens, carry)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, dy, _carry):
+    x, weight, bias, cu_seqlens, carry = ctx.saved_tensors
+    dx, dweight, dbias = _backward(dy, x, weight, bias, cu_seqlens, carry)
+    return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from based_mp.ops.backends import fused_backend
+from based_mp.ops.fused.rotary_attention import RotaryFlashAttention
+
 
 def rope_frequency(half: int, base: float, device: torch.device) -> Tensor:
     """Angles a position, fp32 [half]."""
@@ -26,6 +29,25 @@ def rope(x: Tensor, positions: Tensor, *, base: float = 10000.0, fraction: float
     acc = torch.promote_types(x.dtype, torch.float32)
     a, b = x[..., :half].to(acc), x[..., half:rotary].to(acc)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., rotary:]], -1)
+
+
+def rotary_attention(x: Tensor, heads: int, *, window: int | None = None, cu_seqlens: Tensor | None = None,
+                     base: float = 10000.0, fraction: float = 1.0) -> Tensor:
+    """RoPE and causal attention on the output of a fused projection, which it may overwrite.
+
+    x: [seq, batch, heads·3·head_dim], rows [head][q | k | v]; window, cu_seqlens as in `causal_attention` (a packed
+    document keeps its positions in the pack: attention depends on distances alone); base, fraction as in `rope`.
+    Returns [seq, batch, heads·head_dim].
+    """
+    qkv = x.unflatten(-1, (heads, 3, -1))
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and fused_backend(x) == "triton":
+        o = RotaryFlashAttention.apply(qkv, window, cu_seqlens, base, fraction)
+    else:
+        q, k, v = qkv.transpose(0, 1).unbind(-2)
+        positions = torch.arange(x.shape[0], device=x.device)[None]
+        q, k = (rope(t, positions, base=base, fraction=fraction) for t in (q, k))
+        o = causal_attention(q, k, v, window=window, cu_seqlens=cu_seqlens)
+    return o.transpose(0, 1).flatten(2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None,

@@ -38,7 +38,8 @@ def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -
                               "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
     }
     if config.training.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+        # Each gradient is added to the fp32 sum as soon as backward has made it, and its bf16 copy is dropped.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if universal:
         settings["checkpoint"] = {"load_universal": True}

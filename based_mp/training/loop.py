@@ -61,7 +61,8 @@ class Trainer:
         """Train to training.steps, or (as a time limit would) to step `stop_after`; validate, save and log."""
         config = self.config
         last = min(config.training.steps, stop_after or config.training.steps)
-        stream = batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last)
+        stream = self.metrics.timed(
+            batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last))
         losses: list[Tensor] = []
         asked = False
         while self.step < last and not asked:
@@ -99,7 +100,9 @@ class Trainer:
     def _train_step(self, stream: Iterator[dict[str, Tensor]], lr: float) -> Tensor:
         """One optimizer step; the mean loss over the tokens that count in the global batch (this rank's part)."""
         set_learning_rate(self.engine, lr)
-        micro_batches = list(islice(stream, self.accumulation))
+        micro_batches: Any = islice(stream, self.accumulation)
+        if self.config.data.eod_mask_loss:                     # only then do the batches tell how many tokens count
+            micro_batches = list(micro_batches)
         counted = self._tokens_in_step(micro_batches)
         total = torch.zeros((), device=self.ranks.device)
         for batch in micro_batches:
@@ -114,7 +117,7 @@ class Trainer:
             self.grad_norm = self.engine.get_global_grad_norm()
         return total
 
-    def _tokens_in_step(self, micro_batches: list[dict[str, Tensor]]) -> Tensor | float:
+    def _tokens_in_step(self, micro_batches: Any) -> Tensor | float:
         if not self.config.data.eod_mask_loss:
             return float(self.config.training.global_batch_size * self.config.training.seq_length)
         counted = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()

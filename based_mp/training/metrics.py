@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
@@ -26,7 +27,7 @@ class Metrics:
         self.step_tokens = config.training.global_batch_size * config.training.seq_length
         self.writer = self._open_writer(start_step) if ranks.rank == 0 else None
         self.last_step, self.last_time = start_step, time.perf_counter()
-        self.paused = 0.0
+        self.paused = self.waited = 0.0
 
     def _open_writer(self, start_step: int) -> Any:
         if self.config.logging.tensorboard_dir is None:
@@ -40,6 +41,18 @@ class Metrics:
         """A block whose time does not count as training (validation, checkpoints, samples)."""
         return _Pause(self)
 
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; the time this process waits for them is logged."""
+        stream = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
     def log_step(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
         """After `step` steps: one line, one TensorBoard point."""
         now = time.perf_counter()
@@ -49,14 +62,15 @@ class Metrics:
         mfu = rate * self.flops / (self.config.logging.peak_tflops * 1e12)
         eta = (self.config.training.steps - step) * seconds / max(done, 1)
         memory = self.memory_gib()
-        self.last_step, self.last_time, self.paused = step, now, 0.0
+        waited = self.waited / seconds
+        self.last_step, self.last_time, self.paused, self.waited = step, now, 0.0, 0.0
         self.scalars(step, {
             "train/loss": loss, "train/perplexity": math.exp(min(loss, 50)), "train/lr": lr,
             "train/grad_norm": grad_norm, "speed/tokens_per_second_per_gpu": rate, "speed/mfu": mfu,
-            "memory/gib": memory})
+            "speed/data_wait": waited, "memory/gib": memory})
         self.say(f"step {step:>6}/{self.config.training.steps} | loss {loss:7.4f} | lr {lr:.3e} | "
                  f"grad norm {grad_norm:6.3f} | {rate:>9,.0f} tok/s/rank | MFU {mfu:6.2%} | "
-                 f"mem {memory:5.2f} GiB | ETA {_duration(eta)}")
+                 f"mem {memory:5.2f} GiB | data wait {waited:5.2%} | ETA {_duration(eta)}")
 
     def log_validation(self, step: int, losses: dict[str, float], mean: float, split: str = "valid") -> None:
         """Loss and perplexity of every corpus and of all together (weighted)."""

@@ -67,7 +67,8 @@ def test_lengths_and_grids(shape):
 
 
 @pytest.mark.parametrize("shape, states", [((4, 700, 16, 112), "walk"), ((7, 300, 8, 128), "walk"),
-                                           ((4, 513, 16, 80), "walk"), ((2, 1500, 8, 64), "sums"),
+                                           ((4, 513, 16, 80), "walk"), ((4, 900, 16, 96), "walk"),
+                                           ((2, 1500, 8, 64), "sums"),
                                            ((1, 2500, 1, 96), "scan")])
 def test_ways_of_states(shape, states):
     """Each way the state reaches a segment (see `taylor_cuda._states`), ragged."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from based_mp.ops.gated_conv import conv_carry, gated_conv
+from based_mp.ops.gated_conv import gated_conv
 from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention, taylor_linear_attention_step
 from based_mp.ops.reference import (
     causal_conv_naive,
@@ -165,33 +165,43 @@ def test_rope_rotates_pairs_by_position():
                                        atol=1e-6)
 
 
+def conv_inputs(length, batch=1):
+    g = torch.Generator().manual_seed(length)
+    return [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((length, batch, 12), (6, 3), (12,))]
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 def test_gated_conv_against_the_definition(length):
-    u1, u2 = torch.randn(2, length, 2, 6, dtype=torch.float64)
-    weight = torch.randn(6, 3, dtype=torch.float64)
+    x, weight, bias = conv_inputs(length, batch=2)
+    u1, u2 = (x + bias).chunk(2, -1)
     expected = torch.nn.functional.silu(causal_conv_naive(u1.transpose(0, 1), weight)).transpose(0, 1) * u2
-    torch.testing.assert_close(gated_conv(u1, u2, weight), expected)
+    torch.testing.assert_close(gated_conv(x, weight, bias), expected)
 
 
 def test_gated_conv_carries_and_resets():
-    u1, u2 = torch.randn(2, 201, 1, 6, dtype=torch.float64)
-    weight = torch.randn(6, 3, dtype=torch.float64)
-    packed = gated_conv(u1, u2, weight, cu_seqlens=PACKED)
-    empty = torch.zeros(1, 2, 6, dtype=torch.float64)
+    x, weight, bias = conv_inputs(201)
+    packed = gated_conv(x, weight, bias, cu_seqlens=PACKED)
     for a, b in zip(PACKED[:-1].tolist(), PACKED[1:].tolist(), strict=True):
-        for cut in {a, min(a + 1, b), (a + b) // 2}:
-            head = gated_conv(u1[a:cut], u2[a:cut], weight, carry=empty)
-            tail = gated_conv(u1[cut:b], u2[cut:b], weight, carry=conv_carry(u1[a:cut], 3, carry=empty))
+        for cut in {min(a + 1, b), (a + b) // 2} - {a}:
+            head, carry = gated_conv(x[a:cut], weight, bias, return_carry=True)
+            tail = gated_conv(x[cut:b], weight, bias, carry=carry)
             torch.testing.assert_close(torch.cat([head, tail]), packed[a:b])
 
 
 def test_gated_conv_carry_of_packed_rows():
-    u1, u2 = torch.randn(2, 201, 1, 6, dtype=torch.float64)
-    weight = torch.randn(6, 3, dtype=torch.float64)
+    x, weight, bias = conv_inputs(201)
     carry = torch.randn(5, 2, 6, dtype=torch.float64)
-    out = gated_conv(u1, u2, weight, cu_seqlens=PACKED, carry=carry)
-    after = conv_carry(u1, 3, cu_seqlens=PACKED, carry=carry)
+    out, after = gated_conv(x, weight, bias, cu_seqlens=PACKED, carry=carry, return_carry=True)
     for d, (a, b) in enumerate(zip(PACKED[:-1].tolist(), PACKED[1:].tolist(), strict=True)):
         row = carry[d : d + 1]
-        torch.testing.assert_close(out[a:b], gated_conv(u1[a:b], u2[a:b], weight, carry=row))
-        torch.testing.assert_close(after[d : d + 1], conv_carry(u1[a:b], 3, carry=row))
+        alone, expected = gated_conv(x[a:b], weight, bias, carry=row, return_carry=True)
+        torch.testing.assert_close(out[a:b], alone)
+        torch.testing.assert_close(after[d : d + 1], expected)
+
+
+def test_gated_conv_checks_shapes():
+    x, weight, bias = conv_inputs(4, batch=2)
+    with pytest.raises(ValueError, match="batch 1"):
+        gated_conv(x, weight, bias, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
+    with pytest.raises(ValueError, match="carry"):
+        gated_conv(x, weight, bias, carry=torch.zeros(1, 2, 6))

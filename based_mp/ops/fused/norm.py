@@ -1,0 +1,80 @@
+"""RMSNorm (Zhang & Sennrich 2019) of a residual stream, with the addition before it, in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from based_mp.ops import backends
+
+PROGRAMS = 1056      # of the backward pass, 8 for each multiprocessor of an H100: parts of the weight's gradient
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, bias: Tensor | None = None,
+                 eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """h = x + delta (+ bias), y = h / rms(h) · weight over the last dimension.
+
+    x: [..., width], fp32 for an fp32 residual; delta: the same shape or None (h = x); weight, bias: [width].
+    Returns h in x's dtype, y in the weight's. Sums in fp32 (fp64 for fp64 inputs).
+    """
+    if backends.fused_backend(x) == "triton":
+        return _AddNorm.apply(x, delta, bias, weight, eps)
+    if delta is not None:
+        x = x + (delta if bias is None else delta + bias)
+    return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(weight.dtype)
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, bias, weight, eps):
+        import triton
+
+        from based_mp.ops.fused import kernels
+        width = x.shape[-1]
+        block = triton.next_power_of_2(width)
+        x = x.contiguous()
+        delta = None if delta is None else delta.contiguous()
+        rows = x.numel() // width
+        h = x if delta is None else torch.empty_like(x)
+        y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+        kernels.norm_forward[(rows,)](x, delta, bias, weight, h, y, rstd, width, eps, HAS_DELTA=delta is not None,
+                                      HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block))
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.delta_dtype = None if delta is None else delta.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        if delta is None:
+            return x.view_as(x), y
+        return h, y
+
+    @staticmethod
+    def backward(ctx, dh, dy):
+        import triton
+
+        from based_mp.ops.fused import kernels
+        h, weight, rstd = ctx.saved_tensors
+        width = h.shape[-1]
+        block = triton.next_power_of_2(width)
+        rows = h.numel() // width
+        if dy is None:
+            dy = torch.zeros(h.shape, dtype=weight.dtype, device=h.device)
+        dh = None if dh is None else dh.contiguous()
+        dx = torch.empty_like(h)
+        two = ctx.delta_dtype not in (None, h.dtype)
+        ddelta = torch.empty(h.shape, dtype=ctx.delta_dtype, device=h.device) if two else dx
+        each = -(-rows // PROGRAMS)
+        programs = -(-rows // each)
+        sums = torch.empty(2 if ctx.bias_dtype else 1, programs, width, dtype=torch.float32, device=h.device)
+        kernels.norm_backward[(programs,)](
+            dy.contiguous(), dh, h, weight, rstd, dx, ddelta, sums[0], sums[-1], rows, width, ROWS_EACH=each,
+            HAS_DH=dh is not None, TWO_TYPES=two, HAS_BIAS=ctx.bias_dtype is not None, BLOCK=block,
+            num_warps=_warps(block))
+        sums = sums.sum(1)
+        return (dx, None if ctx.delta_dtype is None else ddelta,
+                sums[1].to(ctx.bias_dtype) if ctx.bias_dtype else None, sums[0].to(weight.dtype), None)

@@ -1,0 +1,90 @@
+"""RoPE and torch's flash attention on a fused qkv projection, without copies of q, k, v or of their gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=4)
+def rope_tables(seq: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · base^(−i/half), fp32 [seq, half]."""
+    frequency = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle = torch.arange(seq, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+class RotaryFlashAttention(torch.autograd.Function):
+    """qkv [seq, batch, heads, 3, head_dim] → [batch, seq, heads, head_dim]. Overwrites qkv with the rotated q and k:
+    only for the output of a projection that nobody else reads."""
+
+    @staticmethod
+    def forward(ctx, qkv, window, cu_seqlens, base, fraction):
+        seq, batch, heads, _, dim = qkv.shape
+        half = int(dim * fraction) // 2
+        tables = rope_tables(seq, half, base, qkv.device)
+        rotate(qkv, *tables)
+        qkv = qkv.detach()
+        if cu_seqlens is None:
+            q, k, v = qkv.transpose(0, 1).unbind(-2)
+        else:
+            q, k, v = qkv[:, 0].unbind(-2)
+        ctx.options = {"scale": dim ** -0.5, "window_size_left": -1 if window is None else window - 1,
+                       "window_size_right": 0}
+        ctx.causal = window is None
+        o, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, False, **ctx.options)
+        ctx.save_for_backward(qkv, o, lse, rng, unused, cu_seqlens, *tables)
+        return o if cu_seqlens is None else o[None]
+
+    @staticmethod
+    def backward(ctx, do):
+        qkv, o, lse, rng, unused, cu_seqlens, cos, sin = ctx.saved_tensors
+        seq = qkv.shape[0]
+        if cu_seqlens is None:
+            q, k, v = qkv.transpose(0, 1).unbind(-2)
+        else:
+            q, k, v = qkv[:, 0].unbind(-2)
+            do = do[0]
+        if do.stride(-1) != 1:
+            do = do.contiguous()
+        grads = torch.ops.aten._flash_attention_backward(
+            do, q, k, v, o, lse, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, rng, unused, **ctx.options)
+        if cu_seqlens is None:
+            grads = [g.transpose(0, 1) for g in grads]
+        else:
+            grads = [g[:, None] for g in grads]
+        return pack_gradients(*grads, cos, sin), None, None, None, None
+
+
+def _blocks(heads: int, half: int, dim: int) -> dict[str, int]:
+    import triton
+    return {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(max(half, 1)),
+            "DIM": triton.next_power_of_2(dim)}
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """q and k of qkv [seq, batch, heads, 3, head_dim] rotated in place by the tables' angles."""
+    from based_mp.ops.fused import kernels
+    seq, batch, heads, _, dim = qkv.shape
+    half = cos.shape[1]
+    if half == 0:
+        return
+    blocks = _blocks(heads, half, dim)
+    kernels.rope_in_place[(seq * batch,)](qkv, cos, sin, batch, heads, dim, half, HEADS=blocks["HEADS"],
+                                          HALF=blocks["HALF"], num_warps=4)
+
+
+def pack_gradients(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the unrotated qkv [seq, batch, heads, 3, head_dim] from those of rotated q, k and v [s, b, h, d]."""
+    from based_mp.ops.fused import kernels
+    seq, batch, heads, dim = dq.shape
+    if dq.stride()[2:] != (dim, 1) or not dq.stride() == dk.stride() == dv.stride():
+        dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+    dqkv = torch.empty(seq, batch, heads, 3, dim, dtype=dq.dtype, device=dq.device)
+    kernels.rope_backward[(seq * batch,)](
+        dq, dk, dv, dqkv, cos, sin, batch, heads, dim, cos.shape[1], dq.stride(0), dq.stride(1),
+        **_blocks(heads, cos.shape[1], dim), num_warps=4)
+    return dqkv

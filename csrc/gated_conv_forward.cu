@@ -1,0 +1,80 @@
+// y_t = silu(w0 u1_{t-2} + w1 u1_{t-1} + w2 u1_t) * u2_t with u = x + bias, channel by channel, inside each document.
+// A thread owns 16 bytes of channels and walks a strip of tokens with the two last inputs in registers, so that x is
+// read once (but for two tokens a strip) and y written once.
+#include "gated_conv.cuh"
+
+namespace gated_conv {
+
+constexpr int kStrip = 32, kAhead = 4;
+
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads) forward_kernel(GatedConvArgs a) {
+    constexpr int N = Vec<T>::N;
+    const int channel = (blockIdx.x * kThreads + threadIdx.x) * N;
+    if (channel >= a.channels) return;
+    const int b = blockIdx.z, begin = blockIdx.y * kStrip, end = min(begin + kStrip, a.seq);
+    Document doc{b, 0, a.seq};
+    if (kPacked) doc = Document::at(a.cu_seqlens, a.docs, begin);
+    float w[3][N], b1[N], b2[N], older[N], old[N];
+    parameters<T>(a, channel, w, b1, b2);
+    tap<T>(older, a, b1, begin - 2, b, channel, doc.id, doc.first);
+    tap<T>(old, a, b1, begin - 1, b, channel, doc.id, doc.first);
+    const T* x = static_cast<const T*>(a.x) + channel;
+    T* y = static_cast<T*>(a.y) + channel;
+    for (int t0 = begin; t0 < end; t0 += kAhead) {
+        Vec<T> u1[kAhead], u2[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const int64_t at = ((int64_t)min(t0 + j, end - 1) * a.batch + b) * 2 * a.channels;
+            u1[j] = Vec<T>::load(x + at);
+            u2[j] = Vec<T>::load(x + at + a.channels);
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const int t = t0 + j;
+            if (t >= end) break;
+            if (kPacked && t >= doc.end) {
+                doc.advance(a.cu_seqlens, t);
+                tap<T>(older, a, b1, t - 2, b, channel, doc.id, doc.first);
+                tap<T>(old, a, b1, t - 1, b, channel, doc.id, doc.first);
+            }
+            Vec<T> out;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float u = widen(u1[j].item[i]) + b1[i];
+                const float mixed = w[0][i] * older[i] + w[1][i] * old[i] + w[2][i] * u;
+                out.item[i] = narrow<T>(mixed * sigmoid(mixed) * (widen(u2[j].item[i]) + b2[i]));
+                older[i] = old[i];
+                old[i] = u;
+            }
+            out.store(y + ((int64_t)t * a.batch + b) * a.channels);
+            if (a.carry_out && t + 1 == doc.end) {
+                Vec<T> first, second;
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    first.item[i] = narrow<T>(older[i]);
+                    second.item[i] = narrow<T>(old[i]);
+                }
+                T* carry = static_cast<T*>(a.carry_out) + (int64_t)doc.id * 2 * a.channels + channel;
+                first.store(carry);
+                second.store(carry + a.channels);
+            }
+        }
+    }
+}
+
+template <typename T> void forward(const GatedConvArgs& a) {
+    const dim3 grid((a.channels / Vec<T>::N + kThreads - 1) / kThreads, (a.seq + kStrip - 1) / kStrip, a.batch);
+    const auto stream = static_cast<cudaStream_t>(a.stream);
+    if (a.cu_seqlens) forward_kernel<T, true><<<grid, kThreads, 0, stream>>>(a);
+    else forward_kernel<T, false><<<grid, kThreads, 0, stream>>>(a);
+}
+
+}  // namespace gated_conv
+
+extern "C" int gated_conv_forward(const GatedConvArgs* a) {
+    if (a->dtype == 0) gated_conv::forward<__nv_bfloat16>(*a);
+    else if (a->dtype == 1) gated_conv::forward<__half>(*a);
+    else gated_conv::forward<float>(*a);
+    return cudaGetLastError();
+}
