@@ -31,7 +31,11 @@ def parse() -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--mfu", type=float, default=0.4, help="with --dry-run: assumed MFU")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # added by deepspeed
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.world_size is not None and not arguments.dry_run:
+        parser.error("--world-size goes with --dry-run: the launcher sets the number of processes")
+    if any(value is not None and not value > 0 for value in (arguments.world_size, arguments.tokens, arguments.mfu)):
+        parser.error("--world-size, --tokens and --mfu must be above 0")
     return load_config(arguments.config, arguments.overrides), arguments
 
 

@@ -135,6 +135,9 @@ def _check(prompts: list, max_new_tokens: int, temperature: float, top_k: int | 
         raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1")
     if temperature < 0:
         raise UserError(f"temperature={temperature}: give 0 (greedy) or more")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise UserError("top_k and top_p choose what is drawn from, and temperature 0 draws nothing: give a "
+                        "temperature above 0, such as 1")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k={top_k}: give at least 1")
     if top_p is not None and not 0 < top_p <= 1:

@@ -43,8 +43,12 @@ class Trainer:
     def _engine_at_checkpoint(self) -> tuple[Any, int]:
         config, ranks = self.config, self.ranks
         found = None
-        if config.checkpoint.dir and config.checkpoint.resume:
-            found = ckpt.newest(config.checkpoint.dir)
+        if config.checkpoint.dir:
+            ckpt.prepare(config.checkpoint.dir, ranks)
+            if config.checkpoint.resume:
+                found = ckpt.newest(config.checkpoint.dir)
+            else:
+                ckpt.check_unused(config.checkpoint.dir)
         if found is None:
             return build_engine(config, ranks), 0
         meta = ckpt.read_meta(found)
@@ -64,6 +68,8 @@ class Trainer:
         stream = batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last)
         losses: list[Tensor] = []
         asked = False
+        if self.step >= last:
+            self.metrics.say(f"nothing to train: {self.step} of training.steps={config.training.steps} steps are done")
         while self.step < last and not asked:
             lr = learning_rate(self.step, config)
             losses.append(self._train_step(stream, lr))

@@ -27,15 +27,14 @@ REPO = Path(__file__).parents[2]
 def checkpoint(root: Path) -> Path:
     """A published checkpoint with the weights of a small model, as DeepSpeed would write them with ZeRO-1."""
     config = tiny_config()
-    folder = root / "step_00000005"
-    folder.mkdir(parents=True)
+    folder, temporary = root / "step_00000005", root / ".writing"
+    temporary.mkdir(parents=True)
     weights = {name: p.detach() for name, p in build_model(config).named_parameters()}
-    torch.save({"module": weights}, folder / "mp_rank_00_model_states.pt")
-    ckpt.write_config(folder, config)
-    ckpt.write_meta(folder, {
+    torch.save({"module": weights}, temporary / "mp_rank_00_model_states.pt")
+    ckpt.write_config(temporary, config)
+    ckpt.publish(temporary, folder, {
         "step": 5, "samples": 5, "universal": False, "architecture": ckpt.architecture(config.model),
         "layout": {"tensor_parallel": 1, "data_parallel": 1, "zero_stage": 1}})
-    ckpt.write_latest(root, folder.name)
     return folder
 
 

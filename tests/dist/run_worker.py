@@ -1,12 +1,15 @@
 """Trains as launch/pretrain.py does and records every step: run_worker.py CONFIG OUT.json [STOP_AFTER] [FAULT]
 
 OUT.json gets [step, loss, gradient norm] of each step. FAULT: die_in_save (the process ends in the middle of a save),
-disk_full (the save fails), nan (so is the loss of step 3).
+disk_full_1 (rank 1 can write no file above 20 kB), no_space (the disk is known to be too small),
+nan (so is the loss of step 3).
 """
 
 import json
 import os
+import resource
 import sys
+import types
 from pathlib import Path
 
 from based_mp.config import load_config
@@ -24,11 +27,11 @@ def main():
     from based_mp.training import checkpoint, loop
     steps = []
     if fault == "die_in_save":
-        checkpoint._describe = lambda *args: os._exit(9)
-    if fault == "disk_full":
-        def full(*args):
-            raise OSError(28, "No space left on device")
-        checkpoint._describe = full
+        checkpoint.publish = lambda *args: os._exit(9)
+    if fault == "disk_full_1" and ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    if fault == "no_space":
+        checkpoint.shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)
     if fault == "nan":
         losses, calls = loop.token_losses, []
 
