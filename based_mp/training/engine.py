@@ -117,11 +117,16 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 
 def replicas_unequal(model: torch.nn.Module, tp_size: int) -> int:
-    """Parameters that differ between ranks where they must be bit-equal (a check; gathers everything)."""
-    bad = 0
-    for parameter in model.parameters():
-        copies = [torch.empty_like(parameter.data) for _ in range(dist.get_world_size())]
-        dist.all_gather(copies, parameter.data.contiguous())
-        stride = tp_size if getattr(parameter, "tensor_model_parallel", False) else 1
-        bad += any(not torch.equal(copy, copies[rank % stride]) for rank, copy in enumerate(copies))
+    """Parameters that differ between ranks where they must be bit-equal (a check; gathers everything).
+
+    Under ZeRO-3 those whose copies, put together from the data-parallel shards, differ between tensor-parallel ranks.
+    """
+    from deepspeed import zero
+    parameters, bad = list(model.parameters()), 0
+    with zero.GatheredParameters(parameters, enabled=any(hasattr(p, "ds_id") for p in parameters)):
+        for parameter in parameters:
+            copies = [torch.empty_like(parameter.data) for _ in range(dist.get_world_size())]
+            dist.all_gather(copies, parameter.data.contiguous())
+            stride = tp_size if getattr(parameter, "tensor_model_parallel", False) else 1
+            bad += any(not torch.equal(copy, copies[rank % stride]) for rank, copy in enumerate(copies))
     return bad
