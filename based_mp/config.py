@@ -197,7 +197,7 @@ class LoggingConfig(Section):
     log_interval: Positive = Field(10, description="steps between log lines")
     tensorboard_dir: str | None = Field(None, description="folder of TensorBoard events; null: none written")
     sample_interval: NonNegative = Field(
-        0, description="steps between text samples; 0: never (none under sequence parallelism or ZeRO-3)")
+        0, description="steps between text samples; 0: never")
     sample_prompt: str = Field("The", description="prompt of the text samples")
     sample_tokens: Positive = Field(64, description="tokens of a text sample")
     peak_tflops: Annotated[float, Field(gt=0)] = Field(

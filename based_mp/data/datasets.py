@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,12 @@ def document_bounds(tokens: Tensor, eod: int) -> Tensor:
     return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([b * s])]).int()
 
 
+def _leave_signals_to_training(worker: int) -> None:
+    """slurm signals every process of a job; loaders go on until the training has saved, and end with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset: Any, config: Config, ranks: Ranks, eod: int, *, first_step: int,
             last_step: int) -> Iterator[dict[str, Tensor]]:
     """Micro-batches of this rank for the steps [first, last), on its device, loaded ahead by worker processes."""
@@ -283,6 +290,7 @@ def batches(dataset: Any, config: Config, ranks: Ranks, eod: int, *, first_step:
         micro_batch_size=config.training.micro_batch_size, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
     cuda = ranks.device.type == "cuda"
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(config.data, eod), pin_memory=cuda,
+                        worker_init_fn=_leave_signals_to_training,
                         num_workers=config.data.num_workers if last_step - first_step > 1 else 0)
     for batch in loader:
         yield {name: value.to(ranks.device, non_blocking=cuda) for name, value in batch.items()}

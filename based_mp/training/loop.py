@@ -20,7 +20,7 @@ from based_mp.model.based_model import token_losses
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
-from based_mp.training.engine import build_engine, set_learning_rate
+from based_mp.training.engine import build_engine, set_learning_rate, whole_copy
 from based_mp.training.health import StopSignal, check_loss
 from based_mp.training.metrics import Metrics
 from based_mp.training.schedule import learning_rate
@@ -80,8 +80,7 @@ class Trainer:
             asked = self.stop.agreed()
             if losses and (asked or self._due(config.checkpoint.interval)):
                 self._mean_loss(losses)                                  # what is no number must not be saved
-            if not asked:
-                self._periodic()
+            asked = asked or not self._periodic()
         if asked:
             self.metrics.say(f"asked to stop: saving after step {self.step}")
         self._save()
@@ -92,15 +91,18 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
 
-    def _periodic(self) -> None:
+    def _periodic(self) -> bool:
+        """Validation, sample text and checkpoint, where due; False once asked to stop."""
         config = self.config
         with self.metrics.pause():
-            if self._due(config.validation.interval) and self.data.valid:
-                self._evaluate("valid", self.data.valid)
+            if self._due(config.validation.interval) and self.data.valid and not self._evaluate(
+                    "valid", self.data.valid):
+                return False
             if self._due(config.logging.sample_interval):
                 self._sample()
             if self._due(config.checkpoint.interval):
                 self._save()
+        return True
 
     def _train_step(self, stream: Iterator[dict[str, Tensor]], lr: float) -> Tensor:
         """One optimizer step; the mean loss over the tokens that count in the global batch (this rank's part)."""
@@ -153,11 +155,14 @@ class Trainer:
         return sum(values) / len(values)
 
     @torch.no_grad()
-    def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> None:
-        """Loss of every corpus over validation.batches global batches; linear-attention health on the way."""
+    def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> bool:
+        """Loss of every corpus over validation.batches global batches; linear-attention health in the first of them.
+
+        False, with nothing logged, as soon as the run is asked to stop.
+        """
         self.engine.eval()
-        mixers = [(i, layer.self_attention) for i, layer in enumerate(self.engine.module.decoder.layers)
-                  if isinstance(layer.self_attention, LinearAttention)]
+        mixers = {layer: module.self_attention for layer, module in enumerate(self.engine.module.decoder.layers)
+                  if isinstance(module.self_attention, LinearAttention)}
         results: dict[str, float] = {}
         for corpus, (dataset, _) in corpora.items():
             steps = min(self.config.validation.batches, len(dataset) // self.config.training.global_batch_size)
@@ -165,31 +170,43 @@ class Trainer:
                 raise UserError(f"{name} corpus {corpus} has {len(dataset)} samples, fewer than one global batch of "
                                 f"{self.config.training.global_batch_size}: use a larger corpus or a smaller batch")
             sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
-            for batch in batches(dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps):
-                for _, mixer in mixers:
-                    mixer.collect_diagnostics = not results and not mixer.diagnostics
+            for i, batch in enumerate(batches(dataset, self.config, self.ranks, self.eod, first_step=0,
+                                              last_step=steps)):
+                for mixer in mixers.values():
+                    mixer.collect_diagnostics = not results and i < self.accumulation
                 losses = token_losses(self.engine, batch) * batch["loss_mask"]
                 sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
+                if self.stop.agreed():
+                    return False
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
             results[corpus] = (sums[0] / sums[1].clamp(min=1)).item()
         weights = {corpus: weight for corpus, (_, weight) in corpora.items()}
         mean = sum(results[c] * weights[c] for c in results) / sum(weights.values())
         self.metrics.log_validation(self.step, results, mean, name)
-        for layer, mixer in mixers:
-            self.metrics.scalars(self.step, {f"linear_attention/{key}_layer_{layer}": value
-                                             for key, value in mixer.diagnostics.items()})
-            mixer.collect_diagnostics, mixer.diagnostics = False, {}
+        self._log_health(mixers)
         self.engine.train()
         gc.collect()
+        return True
+
+    def _log_health(self, mixers: dict[int, LinearAttention]) -> None:
+        """Smallest denominator and largest state norm of every linear-attention layer, over all ranks."""
+        if not mixers:
+            return
+        own = [[mixer.diagnostics["min_denominator"], -mixer.diagnostics["state_norm"]] for mixer in mixers.values()]
+        extremes = torch.tensor(own, device=self.ranks.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+        for layer, (denominator, norm) in zip(mixers, extremes.tolist(), strict=True):
+            self.metrics.scalars(self.step, {f"linear_attention/min_denominator_layer_{layer}": denominator,
+                                             f"linear_attention/state_norm_layer_{layer}": -norm})
+        for mixer in mixers.values():
+            mixer.collect_diagnostics, mixer.diagnostics = False, {}
 
     def _sample(self) -> None:
         """Text from the model as it stands."""
         from based_mp.inference.generate import Generator, open_tokenizer
         config = self.config
-        if config.parallel.zero_stage == 3 or config.parallel.sequence_parallel:
-            return
-        self.engine.eval()
-        generator = Generator(self.engine.module, open_tokenizer(config.data.tokenizer), config.model.vocab_size)
+        model = whole_copy(self.engine, config)
+        generator = Generator(model.eval(), open_tokenizer(config.data.tokenizer), config.model.vocab_size)
         text = generator.generate([config.logging.sample_prompt], max_new_tokens=config.logging.sample_tokens,
                                   temperature=0.8, top_p=0.95, seed=self.step)[0].text
         self.engine.train()

@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import REPO, run_distributed
 
+pytestmark = pytest.mark.timeout(300)
 WORKER = REPO / "tests" / "dist" / "train_worker.py"
 # processes, tensor parallel size, ZeRO stage, sequence parallel, steps
 LAYOUTS = [(4, 2, 1, True, 20), (4, 2, 2, True, 20), (4, 2, 3, True, 20), (4, 2, 1, False, 5), (4, 4, 1, True, 5),
@@ -29,7 +30,7 @@ def trained(tmp_path_factory):
         together = [c for n, c in cases if n == processes and c["tp"] == wanted["tp"]]
         if str(wanted) not in results:
             out = tmp_path_factory.mktemp("trained") / "out.json"
-            run_distributed(processes, WORKER, [out, json.dumps(together)])
+            run_distributed(processes, WORKER, [out, json.dumps(together)], timeout=280)
             results.update(zip(map(str, together), json.loads(out.read_text()), strict=True))
         return results[str(wanted)]
 
@@ -60,8 +61,8 @@ def test_equals_plain_pytorch(trained, plain, processes, tp, zero, sp, steps):
 
 @pytest.mark.parametrize("fault, processes, zero", FAULTS)
 def test_negative_controls_are_caught(trained, plain, fault, processes, zero):
-    """The faults that the limits above are there for do exceed them; forgotten tags do so in the norm alone."""
+    """The faults that the limits above are there for do exceed them."""
     result = trained(processes, case(2, zero, True, 3, fault))
     _, norm = deviation(result, plain[:3])
     assert norm > 1e-5
-    assert (result["unequal"] > 0) == (fault == "norms")
+    assert result["unequal"] > 0

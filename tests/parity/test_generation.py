@@ -64,6 +64,25 @@ def test_prefill_and_decode_equal_the_full_forward(which, length, request):
 
 
 @pytest.mark.parametrize("which", ["model", "softmax_model"])
+def test_ragged_batch_equals_the_full_forward_at_every_position(which, request):
+    """Prompts of different lengths prefilled together, then decoded together, one given token at a time."""
+    from based_mp.model.based_model import extend, init_states
+    model, lengths, new = request.getfixturevalue(which), [1, 40, 9, 23], 20
+    rows = [tokens_of(n + new, 1)[0] for n in lengths]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    prompts = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
+    states = init_states(model, len(rows))
+    prefilled = extend(model, prompts, states, bounds)[0]
+    decoded = [extend(model, torch.stack([row[n + t] for row, n in zip(rows, lengths, strict=True)])[:, None], states)
+               for t in range(new)]
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            full = model(row[None], torch.zeros_like(row[None]), None)[0]
+        found = torch.cat([prefilled[bounds[i] : bounds[i + 1]], *(step[i] for step in decoded)])
+        torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["model", "softmax_model"])
 @pytest.mark.parametrize("chunk", [1, 16, 4096])
 def test_ragged_batch_equals_each_alone(which, chunk, request):
     from based_mp.inference.generate import Generator
