@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,28 +66,34 @@ class Trainer:
         """Train to training.steps, or (as a time limit would) to step `stop_after`; validate, save and log."""
         config = self.config
         last = min(config.training.steps, stop_after or config.training.steps)
-        stream = batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last)
-        losses: list[Tensor] = []
-        asked = False
         if self.step >= last:
             self.metrics.say(f"nothing to train: {self.step} of training.steps={config.training.steps} steps are done")
-        while self.step < last and not asked:
-            lr = learning_rate(self.step, config)
-            losses.append(self._train_step(stream, lr))
-            self.step += 1
-            if self._due(config.logging.log_interval) or self.step == last:
-                self._log(losses, lr)
-                losses = []
-            asked = self.stop.agreed()
-            if losses and (asked or self._due(config.checkpoint.interval)):
-                self._mean_loss(losses)                                  # what is no number must not be saved
-            asked = asked or not self._periodic()
+        with closing(batches(self.data.train, config, self.ranks, self.eod, first_step=self.step,
+                             last_step=last)) as stream:
+            asked = self._train(stream, last)
         if asked:
             self.metrics.say(f"asked to stop: saving after step {self.step}")
         self._save()
         if self.step == config.training.steps and self.data.test:
             self._evaluate("test", self.data.test)
         self.metrics.close()
+
+    def _train(self, stream: Iterator[dict[str, Tensor]], last: int) -> bool:
+        """To step `last`; True when asked to stop before."""
+        losses: list[Tensor] = []
+        while self.step < last:
+            lr = learning_rate(self.step, self.config)
+            losses.append(self._train_step(stream, lr))
+            self.step += 1
+            if self._due(self.config.logging.log_interval) or self.step == last:
+                self._log(losses, lr)
+                losses = []
+            asked = self.stop.agreed()
+            if losses and (asked or self._due(self.config.checkpoint.interval)):
+                self._mean_loss(losses)                                  # what is no number must not be saved
+            if asked or not self._periodic():
+                return True
+        return False
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -170,14 +177,14 @@ class Trainer:
                 raise UserError(f"{name} corpus {corpus} has {len(dataset)} samples, fewer than one global batch of "
                                 f"{self.config.training.global_batch_size}: use a larger corpus or a smaller batch")
             sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
-            for i, batch in enumerate(batches(dataset, self.config, self.ranks, self.eod, first_step=0,
-                                              last_step=steps)):
-                for mixer in mixers.values():
-                    mixer.collect_diagnostics = not results and i < self.accumulation
-                losses = token_losses(self.engine, batch) * batch["loss_mask"]
-                sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
-                if self.stop.agreed():
-                    return False
+            with closing(batches(dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps)) as stream:
+                for i, batch in enumerate(stream):
+                    for mixer in mixers.values():
+                        mixer.collect_diagnostics = not results and i < self.accumulation
+                    losses = token_losses(self.engine, batch) * batch["loss_mask"]
+                    sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
+                    if self.stop.agreed():
+                        return False
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
             results[corpus] = (sums[0] / sums[1].clamp(min=1)).item()
         weights = {corpus: weight for corpus, (_, weight) in corpora.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models
 
-from tests.cpu.test_data_datasets import write_corpus
+from data_prep.tokenizers import load_tokenizer
+from tests.cpu.test_data_datasets import EOD, write_corpus
 from tests.helpers import REPO, die_with_parent, free_port, run_distributed
 from tests.models import tiny_config
 
@@ -29,18 +32,18 @@ HEALTH = ["linear_attention/min_denominator_layer_1", "linear_attention/state_no
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """Steps of 8 sequences, one training corpus, two for validation, a tokenizer of letters."""
+    """One training corpus, two for validation, a tokenizer of letters, documents kept apart."""
     folder = tmp_path_factory.mktemp("run")
-    corpora = [write_corpus(folder / name, base, 400) for name, base in (("one", 1), ("two", 31), ("three", 61))]
-    letters = Tokenizer(models.BPE({"<|endoftext|>": 0} | {chr(i + 32): i for i in range(1, 95)}, []))
-    letters.save(str(folder / "letters.json"))
-    for corpus in corpora:                              # made by hand, without a tokenizer
-        Path(corpus + ".json").unlink()
+    letters = str(folder / "letters.json")
+    Tokenizer(models.BPE({"<|endoftext|>": EOD} | {chr(i + 32): i for i in range(1, 95)}, [])).save(letters)
+    sha256 = load_tokenizer("hf", model=letters).fingerprint()
+    corpora = [write_corpus(folder / name, base, 400, tokenizer={"sha256": sha256})
+               for name, base in (("one", 1), ("two", 31), ("three", 61))]
     file = folder / "run.yaml"
     file.write_text(tiny_config(
         data={"train": [{"path": corpora[0]}], "cache_dir": str(folder / "cache"), "valid": [
             {"path": corpora[1], "weight": 3.0}, {"path": corpora[2], "name": "held out"}],
-            "tokenizer": {"type": "hf", "model": str(folder / "letters.json")}},
+            "tokenizer": {"type": "hf", "model": letters}, "eod_mask_loss": True, "reset_state_at_documents": True},
         training={"steps": 6}, validation={"interval": 2, "batches": 1},
         logging={"log_interval": 1, "sample_interval": 2, "sample_tokens": 5, "sample_prompt": "ab"},
         checkpoint={"interval": 1, "keep_last": 2}).to_yaml())
@@ -108,14 +111,27 @@ def test_tensorboard_has_config_and_sample_text(single):
 @pytest.mark.parametrize("layout", [["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"],
                                     ["parallel.zero_stage=3"]], ids=["tensor parallel", "data parallel"])
 def test_numbers_do_not_depend_on_the_layout(config, single, tmp_path, layout):
-    """Health is taken over all ranks, and writing text leaves the training as it was."""
+    """Losses are over all tokens that count, health over all ranks; writing text leaves the training as it was."""
     pretrain(2, config, tmp_path, "training.steps=4", *layout)
     one, two = events(single), events(tmp_path)
     for tag in ["train/loss", *VALID, *HEALTH]:
         a, b = points(one, tag), points(two, tag)
         assert [b[step] for step in b] == pytest.approx([a[step] for step in b], rel=1e-4), tag
-    texts = [[event.tensor_proto.string_val[0] for event in found.Tensors("sample/text_summary")] for found in (one, two)]
+    texts = [[event.tensor_proto.string_val[0] for event in found.Tensors("sample/text_summary")]
+             for found in (one, two)]
     assert texts[1] == texts[0][:2]
+
+
+@pytest.mark.parametrize("mistake, told", [
+    ("training.stepz=3", "unknown key training.stepz"), ("training.global_batch_size=6", "global_batch_size=6"),
+    ("data.train.0.path=nowhere", "nowhere.bin is missing")])
+def test_a_mistake_is_told_once(config, tmp_path, mistake, told):
+    """Whether all processes find it before they meet or after."""
+    outputs = run_distributed(2, REPO / "launch" / "pretrain.py", ["--config", config, *options(tmp_path), mistake],
+                              check=False)
+    lines = [line for output in outputs for line in output.splitlines()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @contextlib.contextmanager
@@ -141,6 +157,27 @@ def saved_step(folder: Path) -> int:
 
 
 LONG = ["training.steps=2000", "checkpoint.interval=0", "validation.interval=0", "logging.sample_interval=0"]
+
+
+SRUN = """for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_STEP_ID=0 SLURM_JOB_ID=$0 \\
+  "$@" & done; wait -n && wait -n"""
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun", "srun"])
+def test_launchers(config, tmp_path, launcher):
+    """Two processes meet and train; srun is played by its variables (torchrun starts another test)."""
+    if launcher == "mpirun" and not (shutil.which("mpirun") and importlib.util.find_spec("mpi4py")):
+        pytest.skip("mpirun or mpi4py is not installed (apt-get install openmpi-bin; pip install '.[mpi]')")
+    script = ["launch/pretrain.py", "--config", config, *options(tmp_path), *LONG, "training.steps=1"]
+    command = {
+        "deepspeed": [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port",
+                      str(free_port()), *script],
+        "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *script],
+        "srun": ["bash", "-c", SRUN, str(os.getpid()), sys.executable, *script]}[launcher]
+    with running(command, tmp_path / "log", "saved") as process:
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+    meta = json.loads((tmp_path / "checkpoints" / "step_00000001" / "meta.json").read_text())
+    assert meta["layout"]["data_parallel"] == 2
 
 
 def test_sigterm_to_all_processes_of_a_job_saves(config, tmp_path):
@@ -171,7 +208,7 @@ def test_sigusr1_to_one_rank_saves_and_ends_all(config, tmp_path):
 
 def test_sigterm_in_a_long_validation_saves(config, tmp_path):
     command = [sys.executable, "launch/pretrain.py", "--config", config, *options(tmp_path), *LONG,
-               "validation.interval=3", "validation.batches=5000"]
+               "validation.interval=3", "validation.batches=5000", "data.num_workers=1"]
     with running(command, tmp_path / "log", "step      3/") as process:
         time.sleep(1)
         process.send_signal(signal.SIGTERM)

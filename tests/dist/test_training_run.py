@@ -12,6 +12,7 @@ import torch
 from based_mp.inference.load import full_state
 from based_mp.model.based_model import build_model
 from data_prep.indexed import write_index
+from tests.cpu.test_bad_input import damage
 from tests.helpers import REPO, run_distributed
 from tests.models import tiny_config
 
@@ -100,8 +101,11 @@ def test_failed_save_leaves_the_older_checkpoint(tmp_path, corpus, fault, told):
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}, {"zero_stage": 3}],
                          ids=["zero 1", "tensor parallel", "zero 3"])
-def test_every_rank_learns_of_a_failed_save(tmp_path, corpus, layout):
-    """Whatever one rank fails to write, all raise its reason, nothing of it stays, and the run could go on."""
+def test_every_rank_learns_of_a_failed_save_or_load(tmp_path, corpus, layout):
+    """Whatever one rank fails to write, all raise its reason, nothing of it stays, and the run could go on.
+
+    So do they where one rank fails to read.
+    """
     config, out = write_config(tmp_path, corpus, steps=20, **layout), tmp_path / "out.json"
     run_distributed(2, REPO / "tests" / "dist" / "save_worker.py", [config, out])
     result = json.loads(out.read_text())
@@ -112,6 +116,13 @@ def test_every_rank_learns_of_a_failed_save(tmp_path, corpus, layout):
         expected = ["latest", "step_00000002"] + ["step_00000009"] * (name == "latest")
         assert fault["there"] == expected, (name, fault)
     assert result["step"] == 10 and result["latest"] == "step_00000010"
+    shards = sorted((tmp_path / "run" / "step_00000010").glob("*.pt"))
+    damage(shards[-1])                                              # read by rank 1 alone, its size as it was
+    assert shards[-1].name.startswith("zero_pp_rank_1") or "mp_rank_01" in shards[-1].name
+    _, outputs = train(2, config, check=False)
+    errors = [line for output in outputs for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "cannot read the checkpoint" in errors[0], outputs
+    assert not any("Traceback" in output for output in outputs), outputs
 
 
 def test_loss_that_is_no_number_is_not_saved(tmp_path, corpus):

@@ -13,10 +13,16 @@ LAYOUTS = [(4, 2, 1, True, 20), (4, 2, 2, True, 20), (4, 2, 3, True, 20), (4, 2,
            (4, 4, 1, False, 5), (2, 1, 2, False, 5)]
 # Partial gradients that are not summed; sharded parameters of one kind of mixer that are not tagged as such.
 FAULTS = [("norms", 4, 3), ("norms", 2, 1), ("GatedConv", 2, 1), ("LinearAttention", 2, 1), ("SoftmaxAttention", 2, 1)]
+# Other models and ways to compute: heads of 112, an untied output, decay, recomputation, bf16.
+CHANGES = {
+    "head dimension 112": {"model": {"d_model": 224, "num_heads": 2}}, "untied": {"model": {"tie_embeddings": False}},
+    "decay": {"model": {"decay_exponent": -3}}, "full recomputation": {"training": {"steps": 3, "recompute": "full"}},
+    "selective recomputation": {"training": {"steps": 3, "recompute": "selective"}},
+    "bf16": {"training": {"steps": 3, "precision": "bf16"}}}
 
 
-def case(tp, zero, sp, steps=20, fault="none"):
-    return {"tp": tp, "zero": zero, "sp": sp, "fault": fault, "steps": steps}
+def case(tp, zero, sp, steps=20, fault="none", changes=None):
+    return {"tp": tp, "zero": zero, "sp": sp, "fault": fault, "steps": steps, "changes": changes or {}}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +30,9 @@ def trained(tmp_path_factory):
     """The result of a case; one start of the processes runs all cases that need as many."""
     cases = [(1, case(1, None, False))] + [(processes, case(*layout)) for processes, *layout in LAYOUTS]
     cases += [(processes, case(2, zero, True, 3, fault)) for fault, processes, zero in FAULTS]
+    cases += [(2, case(2, 1, True, 3, changes=changes)) for changes in CHANGES.values()]
+    cases += [(1, case(1, None, False, 3, changes={"model": changes["model"]})) for changes in CHANGES.values()
+              if "model" in changes]
     results = {}
 
     def of(processes, wanted):
@@ -66,3 +75,17 @@ def test_negative_controls_are_caught(trained, plain, fault, processes, zero):
     _, norm = deviation(result, plain[:3])
     assert norm > 1e-5
     assert result["unequal"] > 0
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_models_and_computations(trained, plain, name):
+    changes = CHANGES[name]
+    if "model" in changes:
+        plain = trained(1, case(1, None, False, 3, changes=changes))["history"]
+    result = trained(2, case(2, 1, True, 3, changes=changes))
+    loss, norm = deviation(result, plain[:3])
+    assert result["unequal"] == 0
+    if name == "bf16":
+        assert 1e-5 < loss < 0.02 and 1e-5 < norm < 0.03
+    else:
+        assert loss < 1e-5 and norm < 1e-5

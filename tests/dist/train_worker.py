@@ -1,7 +1,7 @@
 """AdamW steps of the small model, several times over; rank 0 writes what happened.
 
-train_worker.py OUT.json CASES: a JSON list of {tp, zero, sp, fault, steps}, all of one tp. OUT.json gets of each case
-[loss, gradient norm] of every step and the count of unequal replicas.
+train_worker.py OUT.json CASES: a JSON list of {tp, zero, sp, steps, fault, changes}, all of one tp. OUT.json gets of each
+case [loss, gradient norm] of every step and the count of unequal replicas. changes: sections of the configuration.
 zero: null for plain PyTorch in one process, without DeepSpeed. fault: "none", "norms", or the class of a mixer.
 """
 
@@ -97,7 +97,8 @@ def broken(fault: str) -> list[Any]:
 def main(out: Path, cases: list[dict[str, Any]]) -> None:
     results = []
     for case in cases:
-        config = tiny_config(training={"steps": case["steps"]}, parallel={
+        changes = {"training": {"steps": case["steps"]}, **case["changes"]}
+        config = tiny_config(**changes, parallel={
             "tensor_parallel_size": case["tp"], "zero_stage": case["zero"] or 0, "sequence_parallel": case["sp"]})
         ranks = state.initialize(case["tp"], device="cpu", seed=7)
         with contextlib.ExitStack() as faults:
