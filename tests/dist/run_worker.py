@@ -1,15 +1,13 @@
 """Trains as launch/pretrain.py does and records every step: run_worker.py CONFIG OUT.json [STOP_AFTER] [FAULT]
 
-OUT.json gets [step, loss, gradient norm] of each step. FAULT: die_in_save (the process ends in the middle of a save),
-disk_full_1 (rank 1 can write no file above 20 kB), no_space (the disk is known to be too small),
-nan (so is the loss of step 3).
+OUT.json gets [step, loss, gradient norm] of each step. FAULT, from step 3 on: die_in_save (the process ends in the middle
+of a save), disk_full_1 (rank 1 can write no file above 20 kB); nan (so is the loss of step 3).
 """
 
 import json
 import os
 import resource
 import sys
-import types
 from pathlib import Path
 
 from based_mp.config import load_config
@@ -26,12 +24,6 @@ def main():
     ranks = state.initialize(config.parallel.tensor_parallel_size, device="cpu", seed=config.training.seed)
     from based_mp.training import checkpoint, loop
     steps = []
-    if fault == "die_in_save":
-        checkpoint.publish = lambda *args: os._exit(9)
-    if fault == "disk_full_1" and ranks.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    if fault == "no_space":
-        checkpoint.shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)
     if fault == "nan":
         losses, calls = loop.token_losses, []
 
@@ -40,7 +32,15 @@ def main():
             return losses(*args) * (float("nan") if len(calls) > 2 * trainer.accumulation else 1)
         loop.token_losses = broken
     trainer = loop.Trainer(config, ranks)
-    trainer.metrics.log_step = lambda step, loss, lr, norm: steps.append([step, loss, norm])
+
+    def record(step, loss, lr, norm):
+        steps.append([step, loss, norm])
+        if step == 3 and fault == "die_in_save":
+            checkpoint.publish = lambda *args: os._exit(9)
+        if step == 3 and fault == "disk_full_1" and ranks.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    trainer.metrics.log_step = record
     try:
         trainer.run(stop_after)
     finally:

@@ -1,13 +1,14 @@
 """Saves that fail on one rank for real, one after another in one run: save_worker.py CONFIG OUT.json
 
 OUT.json gets, of each fault, what every rank was told, what `latest` names then and what else is in the folder.
-A fault is a limit on the size of the files that one rank may write, from some moment on.
+A fault is a limit on the size of the files that one rank may write, or a small disk.
 """
 
 import contextlib
 import json
 import resource
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -19,14 +20,10 @@ from based_mp.errors import UserError
 from based_mp.parallel import state
 from based_mp.training import checkpoint
 
-# name: the rank, the bytes that a file may have, and the function of `checkpoint` at whose start the limit falls
-FAULTS = {"weights of rank 0": (0, 20_000, None), "any file of rank 1": (1, 20_000, None),
-          "optimizer of rank 1": (1, 400_000, None), "no byte more on rank 0": (0, 0, "save"),
-          "config": (0, 10, "write_config"), "meta": (0, 10, "write_meta"), "latest": (0, 0, "point_at")}
-
 
 @contextlib.contextmanager
-def limited(rank: int, size: int, function: str | None) -> Iterator[None]:
+def limited(rank: int, size: int, function: str | None = None) -> Iterator[None]:
+    """`rank` can write no file above `size` bytes; with a function of `checkpoint`, from its start on."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit() -> None:
@@ -45,6 +42,13 @@ def limited(rank: int, size: int, function: str | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+FAULTS = {
+    "small disk": mock.patch.object(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000)),
+    "weights of rank 0": limited(0, 20_000), "any file of rank 1": limited(1, 20_000),
+    "optimizer of rank 1": limited(1, 400_000), "any file of rank 0": limited(0, 0),
+    "config": limited(0, 10, "write_config"), "meta": limited(0, 10, "write_meta"),
+    "latest": limited(0, 0, "point_at")}
+
 config, out = load_config(sys.argv[1]), Path(sys.argv[2])
 ranks = state.initialize(config.parallel.tensor_parallel_size, device="cpu", seed=config.training.seed)
 from based_mp.training import loop  # noqa: E402
@@ -54,7 +58,7 @@ trainer.run(2)
 found = {}
 for name, fault in FAULTS.items():
     told = "saved"
-    with limited(*fault):
+    with fault:
         try:
             trainer.run(trainer.step + 1)
         except UserError as error:
