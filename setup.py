@@ -112,6 +112,8 @@ setup(
         "ci": ["moto[server]>=5", "httpx>=0.27"],
         "serve": ["fastapi>=0.110", "uvicorn>=0.30"],
         "dedup": ["rensa==0.5.0"],
+        "fla": ["fla-core==0.6.0"],
+        "eval": ["lm-eval==0.4.13"],
     },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
     **cuda_extension(),

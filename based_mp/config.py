@@ -26,6 +26,56 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class GLAConfig(Section):
+    """The gla mixer (Yang et al. 2023)."""
+
+    num_heads: Positive = Field(4, description="heads")
+    expand_k: Annotated[float, Field(gt=0)] = Field(0.5, description="key width of all heads / d_model")
+    expand_v: Annotated[float, Field(gt=0)] = Field(1.0, description="value width of all heads / d_model")
+    gate_rank: Positive = Field(16, description="rank of the decay's projection")
+    gate_normalizer: Annotated[float, Field(gt=0)] = Field(16.0, description="log decays are divided by this")
+
+
+class MambaConfig(Section):
+    """The mamba mixer (Gu & Dao 2023)."""
+
+    d_state: Positive = Field(16, description="state values a channel")
+    expand: Positive = Field(2, description="channels / d_model")
+    conv_kernel: Annotated[int, Field(ge=2)] = Field(4, description="width of the short convolution")
+    delta_rank: int | None = Field(None, description="rank of the step size's projection; null: d_model / 16")
+
+    def rank(self, d_model: int) -> int:
+        return self.delta_rank or -(-d_model // 16)
+
+
+class H3Config(Section):
+    """The h3 mixer (Fu et al. 2022)."""
+
+    d_state: Annotated[int, Field(ge=2, multiple_of=2)] = Field(
+        64, description="width of the shift SSM, and real state values a channel of the diagonal SSM")
+
+
+class HyenaConfig(Section):
+    """The hyena mixer of order 2 (Poli et al. 2023)."""
+
+    filter_length: Positive = Field(2048, description="taps of the long filters: the longest sequence")
+    filter_width: Positive = Field(64, description="width of the filters' MLP")
+    filter_layers: Annotated[int, Field(ge=2)] = Field(4, description="linear layers of the filters' MLP, the last too")
+    filter_embedding: Annotated[int, Field(ge=3)] = Field(33, description="width of the position embedding, odd")
+    sine_frequency: float = Field(14.0, description="initial frequency of the MLP's sine activations")
+    conv_kernel: Annotated[int, Field(ge=2)] = Field(3, description="width of the short convolution")
+
+
+class RWKVConfig(Section):
+    """The rwkv mixer (RWKV-5, Peng et al. 2024)."""
+
+    head_dim: Positive = Field(64, description="width of a head")
+
+
+MIXERS = ("gated_conv", "softmax_attention", "linear_attention", "sliding_attention", "gla", "mamba", "h3", "hyena",
+          "rwkv")
+
+
 class ModelConfig(Section):
     """Architecture (Arora et al. 2024, section 5 and appendix)."""
 
@@ -36,14 +86,17 @@ class ModelConfig(Section):
     pad_vocab_to_multiple_of: Positive = Field(128, description="embedding rows are rounded up to a multiple of this")
     linear_attention_layers: list[int] = Field([], description="0-based layers with Taylor linear attention")
     sliding_attention_layers: list[int] = Field([], description="0-based layers with sliding-window attention")
-    other_layers: Literal["gated_conv", "softmax_attention"] = Field(
-        "gated_conv", description="mixer of all other layers: gated_conv or (full) softmax_attention")
+    mixer_layers: dict[Literal[MIXERS], list[int]] = Field(
+        {}, description="0-based layers of any other mixer by its name, such as {gated_conv: [0]}")
+    other_layers: Literal[MIXERS] = Field(
+        "gated_conv", description="mixer of all other layers: gated_conv, (full) softmax_attention, gla, mamba, h3, "
+        "hyena, rwkv, linear_attention or sliding_attention")
     feature_dim: Positive = Field(16, description="query/key width d' of linear attention")
     window: Positive = Field(256, description="tokens a sliding-window position sees, its own included")
     decay_exponent: Annotated[int, Field(lt=0)] | None = Field(
         None, description="c in the per-head log decay log(1 − 2^(c−h)) of linear attention; null: no decay")
-    ffn_hidden_size: Positive | None = Field(
-        None, description="SwiGLU width; null: 2·d_model rounded up to a multiple of 256")
+    ffn_hidden_size: int | None = Field(
+        None, ge=0, description="SwiGLU width; null: 2·d_model rounded up to a multiple of 256; 0: layers without MLP")
     conv_kernel: Annotated[int, Field(ge=2)] = Field(3, description="width of the short convolution")
     rotary_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="part of head_dim that RoPE rotates in softmax mixers")
@@ -53,6 +106,14 @@ class ModelConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of RMSNorm")
     init_std: Annotated[float, Field(gt=0)] = Field(
         0.02, description="std of the initial weights; output projections are divided by √(2·num_layers)")
+    kernels: Literal["auto", "torch", "fla"] = Field(
+        "auto", description="of gla and rwkv on a GPU: fla = flash-linear-attention's (pip install '.[fla]'), torch, "
+        "auto = fla where it is installed")
+    gla: GLAConfig = Field(default_factory=GLAConfig, description="settings of the gla mixer")
+    mamba: MambaConfig = Field(default_factory=MambaConfig, description="settings of the mamba mixer")
+    h3: H3Config = Field(default_factory=H3Config, description="settings of the h3 mixer")
+    hyena: HyenaConfig = Field(default_factory=HyenaConfig, description="settings of the hyena mixer")
+    rwkv: RWKVConfig = Field(default_factory=RWKVConfig, description="settings of the rwkv mixer")
 
     @property
     def head_dim(self) -> int:
@@ -61,7 +122,7 @@ class ModelConfig(Section):
     @property
     def ffn_size(self) -> int:
         """The MLP's hidden width."""
-        return self.ffn_hidden_size or -(-2 * self.d_model // 256) * 256
+        return -(-2 * self.d_model // 256) * 256 if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property
     def padded_vocab_size(self) -> int:
@@ -73,25 +134,59 @@ class ModelConfig(Section):
     def mixers(self) -> list[str]:
         """The mixer of every layer."""
         kinds = [str(self.other_layers)] * self.num_layers
-        for layer in self.linear_attention_layers:
-            kinds[layer] = "linear_attention"
-        for layer in self.sliding_attention_layers:
-            kinds[layer] = "sliding_attention"
+        for kind, layers in self._listed().items():
+            for layer in layers:
+                kinds[layer] = kind
         return kinds
+
+    def _listed(self) -> dict[str, list[int]]:
+        """Layers by mixer, of every list."""
+        listed = {"linear_attention": list(self.linear_attention_layers),
+                  "sliding_attention": list(self.sliding_attention_layers)}
+        for kind, layers in self.mixer_layers.items():
+            listed[kind] = listed.get(kind, []) + layers
+        return listed
 
     @model_validator(mode="after")
     def _layers_and_heads(self) -> ModelConfig:
         if self.d_model % self.num_heads:
             raise ValueError(f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}")
-        listed = self.linear_attention_layers + self.sliding_attention_layers
+        listed = sum(self._listed().values(), [])
         outside = [layer for layer in listed if not 0 <= layer < self.num_layers]
         if outside:
             raise ValueError(f"layers {outside} do not exist: model.num_layers={self.num_layers}, counted from 0")
         twice = sorted({layer for layer in listed if listed.count(layer) > 1})
         if twice:
-            raise ValueError(f"layers {twice} are listed twice in model.linear_attention_layers and "
-                             "model.sliding_attention_layers: give each layer one mixer")
+            raise ValueError(f"layers {twice} are listed twice in model.linear_attention_layers, "
+                             "model.sliding_attention_layers and model.mixer_layers: give each layer one mixer")
+        self._systems()
         return self
+
+    def _systems(self) -> None:
+        """Widths of the mixers in use fit the model."""
+        used, d, gla = set(self.mixers), self.d_model, self.gla
+        if "gla" in used and any((d * e) % gla.num_heads for e in (gla.expand_k, gla.expand_v)):
+            raise ValueError(f"model.gla.num_heads={gla.num_heads} does not divide model.d_model={d} × expand_k="
+                             f"{gla.expand_k} and expand_v={gla.expand_v}")
+        if "rwkv" in used and d % self.rwkv.head_dim:
+            raise ValueError(f"model.d_model={d} is not divisible by model.rwkv.head_dim={self.rwkv.head_dim}")
+        if self.hyena.filter_embedding % 2 == 0:
+            raise ValueError(f"model.hyena.filter_embedding={self.hyena.filter_embedding} must be odd")
+
+    @property
+    def keeps_every_token(self) -> bool:
+        """Whether the generation state grows with the text."""
+        return "softmax_attention" in self.mixers or "hyena" in self.mixers
+
+    def split_sizes(self) -> dict[str, int]:
+        """What tensor parallelism must divide, by the keys that set it."""
+        sizes = {"num_heads": self.num_heads, "ffn_hidden_size": self.ffn_size, "d_model": self.d_model,
+                 "padded vocabulary": self.padded_vocab_size}
+        if "gla" in self.mixers:
+            sizes |= {"gla.num_heads": self.gla.num_heads, "gla.gate_rank": self.gla.gate_rank}
+        if "rwkv" in self.mixers:
+            sizes["d_model / rwkv.head_dim"] = self.d_model // self.rwkv.head_dim
+        return sizes
 
 
 class ParallelConfig(Section):
@@ -190,6 +285,9 @@ class ValidationConfig(Section):
 
     interval: NonNegative = Field(1000, description="steps between validations; 0: never")
     batches: Positive = Field(10, description="global batches a corpus and validation")
+    recall_slices: bool = Field(
+        False, description="perplexity of AR hits (bigrams seen before in the context and rare in training) and others")
+    rare_below: Positive = Field(1250, description="a bigram is rare when it is fewer times in the training corpora")
 
 
 class LoggingConfig(Section):
@@ -229,14 +327,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         model, tp = self.model, self.parallel.tensor_parallel_size
-        for name, value in [("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_size),
-                            ("d_model", model.d_model), ("padded vocabulary", model.padded_vocab_size)]:
+        for name, value in model.split_sizes().items():
             if value % tp:
                 raise ValueError(f"model.{name}={value} is not divisible by parallel.tensor_parallel_size={tp}: "
                                  "change one of them")
         if self.parallel.sequence_parallel and self.training.seq_length % tp:
             raise ValueError(f"training.seq_length={self.training.seq_length} is not divisible by "
                              f"parallel.tensor_parallel_size={tp}, which sequence_parallel needs")
+        if self.parallel.sequence_parallel and "rwkv" in model.mixers:
+            raise ValueError("the token shift of rwkv looks across the borders of sequence parallelism: set "
+                             "parallel.sequence_parallel to false")
+        if "hyena" in model.mixers and self.training.seq_length > model.hyena.filter_length:
+            raise ValueError(f"training.seq_length={self.training.seq_length} is longer than model.hyena.filter_length="
+                             f"{model.hyena.filter_length}: raise the latter")
         if tp > 1 and self.parallel.zero_stage == 0 and self.training.precision == "bf16":
             raise ValueError("bf16 with zero_stage 0 and tensor parallelism computes a wrong gradient norm in "
                              "DeepSpeed: set parallel.zero_stage=1")
@@ -273,7 +376,7 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
+class NumberLoader(yaml.SafeLoader):
     """YAML 1.1 reads 8e-4 as a string; here it is a number. A key that stands twice is an error, not overwritten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -285,7 +388,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+NumberLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?)$"),
     list("-+0123456789."))
@@ -294,7 +397,7 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -306,7 +409,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(_ints_to_floats(tree, Config))
     except ValidationError as error:
-        raise UserError(f"{path}: {_one_sentence(error)}") from error
+        raise UserError(f"{path}: {one_sentence(error)}") from error
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -314,7 +417,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not equals or not key:
         raise UserError(f"override {item!r} must have the form section.key=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, NumberLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {item!r}: the value is not valid YAML") from error
     *parents, last = key.split(".")
@@ -356,7 +459,8 @@ def _plain(annotation: Any) -> Any:
     return _plain(arguments[0])
 
 
-def _one_sentence(error: ValidationError) -> str:
+def one_sentence(error: ValidationError) -> str:
+    """The first mistake, named by its key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

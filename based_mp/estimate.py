@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from based_mp.config import Config, ModelConfig
 from based_mp.ops.reference import taylor_feature_dim
 
@@ -16,29 +18,53 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
         "sliding_attention": 4 * d * head,
         "softmax_attention": 4 * d * head,
         "gated_conv": d * 4 * d + 4 * d + 2 * d * model.conv_kernel + 2 * d * d + d,
-    }
+    } | _system_parameters(model)
     counts = {"embedding": model.padded_vocab_size * d}
     if not model.tie_embeddings:
         counts["head"] = model.padded_vocab_size * d
     for kind in sorted(set(model.mixers)):
         counts[kind] = model.mixers.count(kind) * mixer[kind]
     counts["mlp"] = model.num_layers * 3 * d * model.ffn_size
-    counts["norms"] = (2 * model.num_layers + 1) * d
+    counts["norms"] = ((2 if model.ffn_size else 1) * model.num_layers + 1) * d
     return counts
+
+
+def _system_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of one mixer of the systems that BASED is compared with."""
+    d, g, m, h = model.d_model, model.gla, model.mamba, model.hyena
+    keys, values = int(d * g.expand_k), int(d * g.expand_v)
+    channels, n, rank, width = m.expand * d, m.d_state, m.rank(d), h.filter_width
+    filters = h.filter_embedding * width + (h.filter_layers - 2) * width * width + h.filter_layers * width + d * width
+    return {
+        "gla": 2 * d * (keys + values) + d * g.gate_rank + keys * (g.gate_rank + 1) + values // g.num_heads
+        + values * d,
+        "mamba": 3 * d * channels + channels * (m.conv_kernel + 1 + rank + 2 * n + rank + 1 + n + 1),
+        "h3": 4 * d * d + d * (model.h3.d_state + 3 + 2 * model.h3.d_state),
+        "hyena": 4 * d * d + 3 * d * (h.conv_kernel + 2) + filters + d,
+        "rwkv": 5 * d * d + 8 * d,
+    }
 
 
 def mixing_flops(model: ModelConfig, seq_length: int) -> float:
     """Forward FLOPs a token of the mixers beside their projections, averaged over a sequence.
 
     Linear attention: state update and read-out, 4·D·(head_dim + 1) a head, D the distinct Taylor features. Softmax:
-    4·head_dim a visible key. Convolution: 2·kernel a channel. Elementwise work is not counted.
+    4·head_dim a visible key. Convolution: 2·kernel a channel. GLA, RWKV: 4·d_k·d_v a head; Mamba 6·d_state a channel;
+    long convolutions by FFT, 3 of 5·log₂ of the doubled length a channel. Elementwise work is not counted.
     """
+    d, g, m = model.d_model, model.gla, model.mamba
+    fft = 3 * 5 * math.log2(2 * seq_length)
+    systems = {"gla": 4 * d * g.expand_k * d * g.expand_v / g.num_heads, "rwkv": 4 * d * model.rwkv.head_dim,
+               "mamba": m.expand * d * (6 * m.d_state + 2 * m.conv_kernel),
+               "h3": 2 * d * fft, "hyena": d * (fft + 6 * model.hyena.conv_kernel)}
     n, w = seq_length, min(model.window, seq_length)
     keys = {"softmax_attention": (n + 1) / 2, "sliding_attention": w - w * (w - 1) / (2 * n)}
     total = 0.0
     for kind in model.mixers:
         if kind == "linear_attention":
             total += model.num_heads * 4 * taylor_feature_dim(model.feature_dim) * (model.head_dim + 1)
+        elif kind in systems:
+            total += systems[kind]
         elif kind == "gated_conv":
             total += 2 * model.conv_kernel * 2 * model.d_model
         else:

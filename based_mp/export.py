@@ -74,6 +74,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def to_reference(state: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Whole weights by our names → by the published ones."""
+    _check_mixers(model)
     vocab = model.vocab_size
     out = {EMBEDDING: state["embedding.word_embeddings.weight"][:vocab],
            "transformer.ln_f.weight": state["decoder.final_layernorm.weight"]}
@@ -110,6 +111,7 @@ def from_reference(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, 
 
 
 def _check_names(tensors: dict[str, Tensor], model: ModelConfig) -> None:
+    _check_mixers(model)
     expected = set(_reference_shapes(model))
     given = set(tensors) | ({"lm_head.weight"} if model.tie_embeddings else set())
     missing, unknown = sorted(expected - given), sorted(given - expected)
@@ -121,6 +123,15 @@ def _check_names(tensors: dict[str, Tensor], model: ModelConfig) -> None:
         if name in tensors and tuple(tensors[name].shape) != shape:
             raise UserError(f"weight {name} is {tuple(tensors[name].shape)}, the configuration needs {shape}: "
                             "correct the model section")
+
+
+def _check_mixers(model: ModelConfig) -> None:
+    known = {"linear_attention", "sliding_attention", "softmax_attention", "gated_conv"}
+    unknown = sorted(set(model.mixers) - known)
+    if unknown or not model.ffn_size:
+        raise UserError("the published BASED checkpoints have no names for "
+                        f"{', '.join(unknown) or 'layers without MLP'}: only models of BASED's "
+                        "mixers and of softmax attention are exported and imported")
 
 
 def _reference_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -44,6 +44,9 @@ def parse() -> tuple[Config, argparse.Namespace]:
 
 def main() -> None:
     config, arguments = parse()
+    if config.model.kernels == "fla":
+        from based_mp.ops.backends import check_kernels
+        check_kernels(config.model.kernels)
     if arguments.dry_run:
         from based_mp.estimate import estimate_text
         print(estimate_text(config, arguments.world_size or config.parallel.tensor_parallel_size,

@@ -63,12 +63,15 @@ class Engine:
         self._rows: list[Sequence] = []
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises UserError where full attention cannot keep all its tokens."""
+        """Queue a sequence. Raises UserError where full attention or Hyena cannot keep all its tokens."""
         seen = sequence.state.position if sequence.state else 0
         total = seen + max(1, len(sequence.prompt)) + sequence.sampling.max_new_tokens
-        if total > self.pool.length and any("softmax" in kind for kind in self.model.config.mixers):
-            raise UserError(f"the prompt and max_new_tokens are {total} tokens together, and at most "
-                            f"{self.pool.length} are kept: shorten one of them")
+        config, limit = self.model.config, self.pool.length
+        if "hyena" in config.mixers:
+            limit = min(limit, config.hyena.filter_length)
+        if total > limit and config.keeps_every_token:
+            raise UserError(f"the prompt and max_new_tokens are {total} tokens together, and at most {limit} are kept: "
+                            "shorten one of them")
         self.waiting.append(sequence)
 
     def release(self, sequence: Sequence, reason: str) -> None:

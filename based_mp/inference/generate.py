@@ -171,7 +171,7 @@ class Generator:
     def _engine_for(self, sequences: int, length: int) -> Engine:
         """An engine with room; the last one where it has it. Room grows in powers of two."""
         slots = min(self.max_batch, 1 << (sequences - 1).bit_length())
-        full = "softmax_attention" in self.model.config.mixers
+        full = self.model.config.keeps_every_token
         engine = self._engine
         if engine is None or engine.pool.slots < slots or (full and engine.pool.length < length):
             if engine is not None and not engine.idle:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from based_mp.config import Config, load_config
 from based_mp.errors import UserError
+from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
 
 
-def read_config(checkpoint: Path) -> Config:
+def read_config(checkpoint: Path, overrides: list[str] | None = None) -> Config:
     """The checkpoint's configuration for inference: no sequence parallelism, no recomputation, own tokenizer files."""
-    config = load_config(checkpoint / "config.yaml")
+    config = load_config(checkpoint / "config.yaml", overrides)
     changes: dict[str, Any] = {
         "parallel": config.parallel.model_copy(update={"sequence_parallel": False}),
         "training": config.training.model_copy(update={"recompute": "none"})}
@@ -28,6 +29,20 @@ def read_config(checkpoint: Path) -> Config:
         tokenizer = config.data.tokenizer.model_copy(update=copies)
         changes["data"] = config.data.model_copy(update={"tokenizer": tokenizer})
     return config.model_copy(update=changes)
+
+
+def open_model(path: str | Path, ranks: Ranks, overrides: list[str] | None = None) -> tuple[Config, torch.nn.Module]:
+    """A checkpoint's (or the newest one's of a folder) configuration, changed by `section.key=value` overrides, and
+    model, in eval mode, at the tensor-parallel size of `ranks`."""
+    from based_mp.model.based_model import build_model
+    checkpoint = ckpt.resolve(path)
+    config = read_config(checkpoint, overrides)
+    parallel = config.parallel.model_copy(update={"tensor_parallel_size": ranks.tp_size})
+    training = config.training.model_copy(update={"device": ranks.device.type})
+    config = config.model_copy(update={"parallel": parallel, "training": training})
+    model = build_model(config).eval()
+    load_state(model, full_state(checkpoint, model), ranks.tp_rank, ranks.tp_size)
+    return config, model
 
 
 def merge(parts: list[Tensor], dim: int, stride: int) -> Tensor:

@@ -6,7 +6,9 @@ layers are: column-parallel into a mixer or MLP, row-parallel and a sum over the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from based_mp.config import ModelConfig
 from based_mp.inference.state import StatePool
+from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
 from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention
 from based_mp.ops.reference import taylor_feature_dim
@@ -160,16 +163,47 @@ class SoftmaxMixer:
                                 longest=(max(pack.lengths), max(totals)))
 
 
-Mixer = ConvMixer | TaylorMixer | SoftmaxMixer
+class ModuleMixer:
+    """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
+
+    def __init__(self, module: RowMixer, dtype: torch.dtype) -> None:
+        self.module, self.dtype, self.linear_out, self.out_bias = module, dtype, module.linear_out.weight, None
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.module.project(x[None])[0]
+
+    def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
+        state = self.module.init_state(slots, self.linear_out.device, self.dtype, length)
+        self.kind = type(state)
+        return vars(state)
+
+    def step(self, x: Tensor, rows: Rows, **buffers: Tensor) -> Tensor:
+        return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers)
+
+    def prefill(self, x: Tensor, pack: Pack, **buffers: Tensor) -> Tensor:
+        return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
+                             buffers)
+
+    def _on_rows(self, run: Callable[[Any], Tensor], slots: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        state = self.kind(**{name: buffer[slots] for name, buffer in buffers.items()})
+        y = run(state)
+        for name, buffer in buffers.items():
+            buffer[slots] = getattr(state, name).to(buffer.dtype)
+        return y
+
+
+Mixer = ConvMixer | TaylorMixer | SoftmaxMixer | ModuleMixer
 
 
 @dataclass
 class Layer:
+    """mlp_norm, fc1, fc2: None in layers without MLP."""
+
     norm: Tensor
     mixer: Mixer
-    mlp_norm: Tensor
-    fc1: Tensor
-    fc2: Tensor
+    mlp_norm: Tensor | None
+    fc1: Tensor | None
+    fc2: Tensor | None
 
 
 class InferenceModel:
@@ -185,23 +219,27 @@ class InferenceModel:
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.residual_dtype = torch.float32 if config.fp32_residual else self.dtype
         self.ops = backends.decode_ops(self.embedding, config, self.tp_size)
-        self.layers = [self._layer(w, f"decoder.layers.{i}.", kind) for i, kind in enumerate(config.mixers)]
+        self.layers = [self._layer(w, f"decoder.layers.{i}.", kind, module.decoder.layers[i].self_attention)
+                       for i, kind in enumerate(config.mixers)]
         self.norm = w["decoder.final_layernorm.weight"]
         half = int(config.head_dim * config.rotary_fraction) // 2
         self.frequency = rope_frequency(half, config.rotary_base, self.device)
 
-    def _layer(self, w: dict[str, Tensor], prefix: str, kind: str) -> Layer:
+    def _layer(self, w: dict[str, Tensor], prefix: str, kind: str, module: torch.nn.Module) -> Layer:
         inner = prefix + "self_attention."
         own = {name.removeprefix(inner): weight for name, weight in w.items() if name.startswith(inner)}
         if kind == "gated_conv":
             mixer: Mixer = ConvMixer(own, self.ops)
         elif kind == "linear_attention":
             mixer = TaylorMixer(own, self.ops, self.config, self.tp_rank, self.tp_size)
+        elif isinstance(module, RowMixer):
+            mixer = ModuleMixer(module, self.dtype)
         else:
             window = self.config.window if kind == "sliding_attention" else None
             mixer = SoftmaxMixer(own, self.ops, self.config, window, self.tp_size)
-        return Layer(w[prefix + "input_layernorm.weight"], mixer, w[prefix + "pre_mlp_layernorm.weight"],
-                     w[prefix + "mlp.linear_fc1.weight"], w[prefix + "mlp.linear_fc2.weight"])
+        mlp = (w.get(prefix + name) for name in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight",
+                                                 "mlp.linear_fc2.weight"))
+        return Layer(w[prefix + "input_layernorm.weight"], mixer, *mlp)
 
     def new_pool(self, slots: int, length: int) -> StatePool:
         """Empty states for `slots` sequences; `length`: most tokens of a sequence that full attention keeps."""
@@ -238,10 +276,14 @@ class InferenceModel:
     def _run(self, residual: Tensor, pool: StatePool, mix: object, last: Tensor | None = None) -> Tensor:
         ops, eps, out, bias = self.ops, self.config.norm_eps, None, None
         for layer, state in zip(self.layers, pool.buffers, strict=True):
-            x = ops.norm_linear(residual, out, bias, layer.norm, eps, layer.mixer.linear_in)
+            if isinstance(layer.mixer, ModuleMixer):
+                x = layer.mixer.project(ops.add_norm(residual, out, bias, layer.norm, eps))
+            else:
+                x = ops.norm_linear(residual, out, bias, layer.norm, eps, layer.mixer.linear_in)
             out, bias = self._out(mix(layer, x, state), layer.mixer.linear_out, layer.mixer.out_bias, residual)
-            x = ops.norm_linear(residual, out, bias, layer.mlp_norm, eps, layer.fc1, swiglu=True)
-            out, bias = self._out(x, layer.fc2, None, residual)
+            if layer.fc1 is not None:
+                x = ops.norm_linear(residual, out, bias, layer.mlp_norm, eps, layer.fc1, swiglu=True)
+                out, bias = self._out(x, layer.fc2, None, residual)
         if last is not None:
             residual, out = residual[last], None if out is None else out[last]
         return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, out, bias, self.norm, eps, self.head))

@@ -33,7 +33,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
     return TransformerConfig(
         num_layers=model.num_layers, hidden_size=model.d_model, num_attention_heads=model.num_heads,
-        ffn_hidden_size=model.ffn_size, kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_size or model.d_model, kv_channels=model.head_dim,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
         params_dtype=dtype, bf16=dtype == torch.bfloat16, pipeline_dtype=dtype,

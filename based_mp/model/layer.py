@@ -35,16 +35,18 @@ class Layer(MegatronModule):
     every layer under full recomputation (which keeps what a layer receives), closes the sum itself.
     """
 
-    def __init__(self, config: TransformerConfig, *, mixer: ModuleSpec, layer_number: int = 1,
+    def __init__(self, config: TransformerConfig, *, mixer: ModuleSpec, with_mlp: bool = True, layer_number: int = 1,
                  pg_collection: ProcessGroupCollection | None = None, vp_stage: int | None = None) -> None:
         super().__init__(config)
         self.layer_number = layer_number
         self.input_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.self_attention = build_module(mixer, config=config, layer_number=layer_number,
                                            pg_collection=pg_collection)
-        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.mlp = MLP(config, mlp.MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-                       ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
+        self.mlp = None
+        if with_mlp:
+            self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.mlp = MLP(config, mlp.MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                           ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
         self.closes = layer_number == config.num_layers or config.recompute_granularity == "full"
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, context: Tensor | None = None,
@@ -53,7 +55,10 @@ class Layer(MegatronModule):
         residual, x = self.input_layernorm(hidden_states, context, return_sum=True)
         with recomputed(x, self.input_layernorm.again(residual), self, self.config):
             out, bias = self.self_attention(x, packed_seq_params=packed_seq_params)
-        residual, x = self.pre_mlp_layernorm(residual, out, bias, return_sum=True)
-        with recomputed(x, self.pre_mlp_layernorm.again(residual), self, self.config):
-            out, _ = self.mlp(x)
+        if self.mlp is not None:
+            residual, x = self.pre_mlp_layernorm(residual, out, bias, return_sum=True)
+            with recomputed(x, self.pre_mlp_layernorm.again(residual), self, self.config):
+                out, bias = self.mlp(x)
+        if bias is not None:
+            out = out + bias
         return (residual + out, None) if self.closes else (residual, out)

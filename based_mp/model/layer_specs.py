@@ -1,4 +1,4 @@
-"""One Megatron-core layer spec per layer: pre-norm mixer, pre-norm SwiGLU MLP."""
+"""One Megatron-core layer spec per layer: pre-norm mixer, pre-norm SwiGLU MLP (or none)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from based_mp.config import ModelConfig
 from based_mp.model.gated_conv import GatedConv
+from based_mp.model.gla import GLA
+from based_mp.model.h3 import H3
+from based_mp.model.hyena import Hyena
 from based_mp.model.layer import Layer
 from based_mp.model.linear_attention import LinearAttention
+from based_mp.model.mamba import Mamba
 from based_mp.model.norms import RMSNorm
+from based_mp.model.rwkv import RWKV
 from based_mp.model.softmax_attention import SoftmaxAttention
+from based_mp.ops.backends import check_kernels
+
+SYSTEMS = {"gla": GLA, "mamba": Mamba, "h3": H3, "hyena": Hyena, "rwkv": RWKV}
 
 
 def mixer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
@@ -25,10 +33,15 @@ def mixer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
         return ModuleSpec(module=SoftmaxAttention, params=rotary)
     if kind == "gated_conv":
         return ModuleSpec(module=GatedConv, params={"kernel": model.conv_kernel})
-    raise ValueError(f"unknown mixer {kind!r}")
+    params = {"settings": getattr(model, kind)}
+    if kind in ("gla", "rwkv"):
+        check_kernels(model.kernels)
+        params["kernels"] = model.kernels
+    return ModuleSpec(module=SYSTEMS[kind], params=params)
 
 
 def block_spec(model: ModelConfig) -> TransformerBlockSubmodules:
     """The whole stack: a layer spec per layer, and the final norm."""
-    layers = [ModuleSpec(module=Layer, params={"mixer": mixer_spec(kind, model)}) for kind in model.mixers]
+    layers = [ModuleSpec(module=Layer, params={"mixer": mixer_spec(kind, model), "with_mlp": model.ffn_size > 0})
+              for kind in model.mixers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from based_mp.config import ModelConfig
+from based_mp.errors import UserError
+from based_mp.ops import recurrences
 
 HEAD_DIMS = (64, 80, 96, 112, 128)
 FEATURE_DIMS = (8, 16)
@@ -114,7 +116,11 @@ def _decode_refusal(weight: Tensor, model: ModelConfig, tp_size: int) -> str | N
         return f"{odd[0]} (of a rank) is not a multiple of 8"
     if model.d_model > 8192 or model.vocab_size > 110_000:
         return "d_model is above 8192 or the vocabulary above 110,000"
-    if model.linear_attention_layers and (model.feature_dim not in FEATURE_DIMS or model.head_dim not in HEAD_DIMS):
+    others = sorted(set(model.mixers) - {"linear_attention", "sliding_attention", "softmax_attention", "gated_conv"})
+    if others or not model.ffn_size:
+        return f"{others[0] if others else 'a layer without MLP'} has no generation kernel"
+    fits = model.feature_dim in FEATURE_DIMS and model.head_dim in HEAD_DIMS
+    if "linear_attention" in model.mixers and not fits:
         return f"feature_dim {model.feature_dim} or head_dim {model.head_dim} is not one of {FEATURE_DIMS}, {HEAD_DIMS}"
     if model.head_dim > 128 or model.conv_kernel > 4:
         return "head_dim is above 128 or conv_kernel above 4"
@@ -129,3 +135,33 @@ def decode_ops(weight: Tensor, model: ModelConfig, tp_size: int) -> ModuleType:
         if reason is not None:
             _warn_once("Generation", reason)
     return importlib.import_module("based_mp.ops.decode_cuda" if reason is None else "based_mp.ops.decode_torch")
+
+
+@functools.cache
+def fla_ops() -> ModuleType | None:
+    """flash-linear-attention's operators (`fla.ops`), or None where fla-core is not installed."""
+    try:
+        return importlib.import_module("fla.ops")
+    except ImportError:
+        return None
+
+
+def check_kernels(kernels: str) -> None:
+    """UserError where model.kernels asks for what is not installed."""
+    if kernels == "fla" and fla_ops() is None:
+        raise UserError("model.kernels is fla, but flash-linear-attention is not installed: pip install '.[fla]', or "
+                        "set model.kernels=torch")
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, kernels: str,
+                           bonus: Tensor | None = None, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`recurrences.gated_linear_attention`; more than one token on a GPU by flash-linear-attention's kernels, unless
+    kernels is "torch"."""
+    fla = fla_ops() if q.is_cuda and kernels != "torch" and q.shape[1] > 1 else None
+    if fla is None:
+        return recurrences.gated_linear_attention(q, k, v, log_decay, scale=scale, bonus=bonus, initial=initial)
+    q, k, v, log_decay = (x.contiguous() for x in (q, k, v, log_decay.to(torch.float32)))
+    options = {"scale": scale, "initial_state": initial, "output_final_state": True}
+    if bonus is None:
+        return fla.chunk_gla(q, k, v, log_decay, **options)
+    return fla.chunk_rwkv6(q, k, v, log_decay, bonus.contiguous(), **options)

@@ -40,13 +40,17 @@ def rotations(positions: Tensor, frequency: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
+def add_norm(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_weight: Tensor, eps: float) -> Tensor:
+    """residual += out + bias; RMSNorm(residual)."""
+    if out is not None:
+        residual += out if bias is None else out + bias
+    return F.rms_norm(residual, residual.shape[-1:], norm_weight.to(residual.dtype), eps).to(norm_weight.dtype)
+
+
 def norm_linear(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_weight: Tensor, eps: float,
                 weight: Tensor, *, swiglu: bool = False) -> Tensor:
     """residual += out + bias; RMSNorm(residual) weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value."""
-    if out is not None:
-        residual += out if bias is None else out + bias
-    x = F.rms_norm(residual, residual.shape[-1:], norm_weight.to(residual.dtype), eps).to(norm_weight.dtype)
-    y = F.linear(x, weight)
+    y = F.linear(add_norm(residual, out, bias, norm_weight, eps), weight)
     if not swiglu:
         return y
     gate, value = y.chunk(2, -1)

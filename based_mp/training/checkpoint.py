@@ -150,7 +150,7 @@ def check_compatible(meta: dict[str, Any], checkpoint: Path, config: Config, ran
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
     """What must be equal for weights to fit."""
-    ignored = ("init_std",)
+    ignored = ("init_std", "kernels")
     return {key: value for key, value in model.model_dump().items() if key not in ignored}
 
 

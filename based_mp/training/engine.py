@@ -47,9 +47,10 @@ def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms (one dimension) do not."""
+    """Matrices decay; biases, norms (one dimension) and parameters marked `no_weight_decay` do not."""
     named = [p for p in model.parameters() if p.requires_grad]
-    dims = [len(getattr(p, "ds_shape", p.shape)) for p in named]        # ZeRO-3 leaves empty shards behind
+    dims = [0 if getattr(p, "no_weight_decay", False) else len(getattr(p, "ds_shape", p.shape))   # ZeRO-3's are empty
+            for p in named]
     return [{"params": [p for p, n in zip(named, dims, strict=True) if n > 1], "weight_decay": weight_decay},
             {"params": [p for p, n in zip(named, dims, strict=True) if n <= 1], "weight_decay": 0.0}]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from based_mp.config import Config
 from based_mp.data.datasets import Datasets, batches, build_datasets, check_corpora, prepare_cache
 from based_mp.errors import UserError
+from based_mp.evaluation.slices import RecallSlices
 from based_mp.model.based_model import token_losses
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.parallel.state import Ranks
@@ -40,6 +42,9 @@ class Trainer:
         self.saved_at = self.step if self.step else None
         self.metrics = Metrics(config, ranks, self.step)
         self.stop = StopSignal(ranks.device)
+        self.slices = None
+        if config.validation.recall_slices:
+            self.slices = RecallSlices(config, parallel_state.get_data_parallel_group(), ranks.device)
 
     def _engine_at_checkpoint(self) -> tuple[Any, int]:
         config, ranks = self.config, self.ranks
@@ -179,19 +184,28 @@ class Trainer:
                 raise UserError(f"{name} corpus {corpus} has {len(dataset)} samples, fewer than one global batch of "
                                 f"{self.config.training.global_batch_size}: use a larger corpus or a smaller batch")
             sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
-            with closing(batches(dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps)) as stream:
+            stream_of = partial(batches, dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps)
+            if self.slices is not None:
+                self.slices.learn(f"{name}/{corpus}", stream_of)
+            with closing(stream_of()) as stream:
                 for i, batch in enumerate(stream):
                     for mixer in mixers.values():
                         mixer.collect_diagnostics = not results and i < self.accumulation
                     losses = token_losses(self.engine, batch) * batch["loss_mask"]
+                    if self.slices is not None:
+                        self.slices.add(batch, losses)
                     sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
                     if self.stop.agreed():
                         return False
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
             results[corpus] = (sums[0] / sums[1].clamp(min=1)).item()
+            if self.slices is not None:
+                self.metrics.log_slices(self.step, f"{name}_{corpus}", self.slices.result())
         weights = {corpus: weight for corpus, (_, weight) in corpora.items()}
         mean = sum(results[c] * weights[c] for c in results) / sum(weights.values())
         self.metrics.log_validation(self.step, results, mean, name)
+        if self.slices is not None:
+            self.metrics.log_slices(self.step, name, self.slices.total())
         self._log_health(mixers)
         self.engine.train()
         gc.collect()

@@ -85,6 +85,12 @@ class Metrics:
         parts = ", ".join(f"{name} {math.exp(min(loss, 50)):.2f}" for name, loss in losses.items())
         self.say(f"{split} at step {step}: loss {mean:.4f}, perplexity {math.exp(min(mean, 50)):.2f} ({parts})")
 
+    def log_slices(self, step: int, corpus: str, values: dict[str, float]) -> None:
+        """What `RecallSlices.result` tells of one corpus."""
+        self.scalars(step, {f"{corpus}/{name}": value for name, value in values.items()})
+        self.say(f"{corpus} at step {step}: " + ", ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in values.items():

@@ -105,7 +105,7 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path):
     ("optimizer.lr=0", ["optimizer.lr=0.0", "greater than 0"]),
     ("training.seed=-1", ["training.seed=-1"]),
     ("data.seed=4294967296", ["data.seed=4294967296"]),
-    ("model.ffn_hidden_size=0", ["model.ffn_hidden_size=0"]),
+    ("model.ffn_hidden_size=-8", ["model.ffn_hidden_size=-8"]),
     ("optimizer.decay_steps=0", ["optimizer.decay_steps=0"]),
     ("model.decay_exponent=0", ["model.decay_exponent=0"]),
     ("optimizer=3", ["optimizer=3", "section"]),

@@ -32,6 +32,8 @@ def by_hand(d, layers, linear, sliding, heads=16, f=16, rows=50304):
 @pytest.mark.parametrize(("name", "expected", "millions"), [
     ("based_360m", by_hand(1024, 27, 5, 5), 362.6), ("based_1.3b", by_hand(1792, 36, 7, 7), 1350),
     ("attention_360m", None, 350), ("attention_1.3b", None, 1304),
+    ("gla_360m", None, 360.5), ("gla_1.3b", None, 1337.5), ("mamba_360m", None, 358.2), ("mamba_1.3b", None, 1319),
+    ("hyena_360m", None, 361.6), ("hyena_1.3b", None, 1308), ("h3_360m", None, 355.2), ("rwkv_360m", None, 375.8),
 ])
 def test_parameter_counts(name, expected, millions):
     total = sum(parameter_counts(load_config(CONFIGS / f"{name}.yaml").model).values())
