@@ -17,12 +17,13 @@ from based_mp.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """Base of every section: no unknown keys, no silent type conversion."""
+    """Base of every section: no unknown keys, no silent type conversion, no infinities."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class GLAConfig(Section):
@@ -92,7 +93,7 @@ class ModelConfig(Section):
         "hyena, rwkv, linear_attention or sliding_attention")
     feature_dim: Positive = Field(16, description="query/key width d' of linear attention")
     window: Positive = Field(256, description="tokens a sliding-window position sees, its own included")
-    decay_exponent: int | None = Field(
+    decay_exponent: Annotated[int, Field(lt=0)] | None = Field(
         None, description="c in the per-head log decay log(1 − 2^(c−h)) of linear attention; null: no decay")
     ffn_hidden_size: int | None = Field(
         None, ge=0, description="SwiGLU width; null: 2·d_model rounded up to a multiple of 256; 0: layers without MLP")
@@ -226,7 +227,7 @@ class DataConfig(Section):
     cache_dir: str | None = Field(
         None, description="folder of the sample indices, shared or each node's own; null: beside the first corpus")
     num_workers: NonNegative = Field(2, description="loader processes a rank")
-    seed: int = Field(1234, description="of the shuffle")
+    seed: Seed = Field(1234, description="of the shuffle")
     eod_mask_loss: bool = Field(False, description="no loss on predicting the token after an end of document")
     reset_state_at_documents: bool = Field(False, description="mixers do not look across document boundaries")
     tokenizer: TokenizerConfig | None = Field(None, description="needed for sample text; stored in checkpoints")
@@ -239,8 +240,9 @@ class DataConfig(Section):
             raise ValueError("data.train is in an S3 store: set data.cache_dir to a local folder for its indices")
         if self.split is not None:
             parts = self.split.split(",")
-            if len(parts) != 3 or not all(re.fullmatch(r"\s*\d+(\.\d+)?\s*", p) for p in parts):
-                raise ValueError(f'data.split={self.split!r} must be three shares such as "98,1,1"')
+            numbers = len(parts) == 3 and all(re.fullmatch(r"\s*\d+(\.\d+)?\s*", p) for p in parts)
+            if not numbers or float(parts[0]) == 0:
+                raise ValueError(f'data.split={self.split!r} must be three shares such as "98,1,1", the first above 0')
             if self.valid or self.test:
                 raise ValueError("data.split cuts validation and test from data.train: remove data.valid and "
                                  "data.test, or set data.split to null")
@@ -253,9 +255,10 @@ class TrainingConfig(Section):
     seq_length: Positive = Field(2048, description="tokens of a sequence")
     micro_batch_size: Positive = Field(8, description="sequences a data-parallel rank runs at once")
     global_batch_size: Positive = Field(256, description="sequences an optimizer step sees over all ranks")
-    steps: Positive = Field(20000, description="optimizer steps")
+    steps: Positive = Field(
+        20000, description="optimizer steps; where corpora are read more than once, their order depends on it")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (with fp32 master weights) or fp32")
-    seed: int = Field(1234, description="of the initial weights")
+    seed: Seed = Field(1234, description="of the initial weights")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations done again in backward: selective = norms, SwiGLU and convolutions, "
                             "full = whole layers")
@@ -269,7 +272,7 @@ class OptimizerConfig(Section):
     min_lr: Annotated[float, Field(ge=0)] = Field(8e-5, description="learning rate at the end of the cosine")
     warmup_steps: NonNegative = Field(200, description="steps of linear warm-up")
     warmup_start_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="learning rate of the first step")
-    decay_steps: int | None = Field(None, description="step at which min_lr is reached; null: training.steps")
+    decay_steps: Positive | None = Field(None, description="step at which min_lr is reached; null: training.steps")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW beta2")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon")
@@ -293,7 +296,7 @@ class LoggingConfig(Section):
     log_interval: Positive = Field(10, description="steps between log lines")
     tensorboard_dir: str | None = Field(None, description="folder of TensorBoard events; null: none written")
     sample_interval: NonNegative = Field(
-        0, description="steps between text samples; 0: never (none under sequence parallelism or ZeRO-3)")
+        0, description="steps between text samples; 0: never")
     sample_prompt: str = Field("The", description="prompt of the text samples")
     sample_tokens: Positive = Field(64, description="tokens of a text sample")
     peak_tflops: Annotated[float, Field(gt=0)] = Field(
@@ -306,7 +309,7 @@ class CheckpointConfig(Section):
     dir: str | None = Field(None, description="folder of the checkpoints; null: none written")
     interval: NonNegative = Field(1000, description="steps between checkpoints; 0: only at the end and on SIGTERM")
     keep_last: Positive = Field(3, description="newest checkpoints kept")
-    resume: bool = Field(True, description="go on from the newest checkpoint in dir")
+    resume: bool = Field(True, description="go on from the newest checkpoint in dir; false: dir must hold none")
 
 
 class Config(Section):
@@ -374,7 +377,15 @@ class Config(Section):
 
 
 class NumberLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 8e-4 as a string; here it is a number."""
+    """YAML 1.1 reads 8e-4 as a string; here it is a number. A key that stands twice is an error, not overwritten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands twice (line {key.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
 
 
 NumberLoader.add_implicit_resolver(
@@ -459,6 +470,8 @@ def one_sentence(error: ValidationError) -> str:
         return f"{key} is missing"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "model_type":
+        return f"{key}={first['input']!r}: this is a section and needs keys of its own"
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 

@@ -186,6 +186,24 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
+def profile(model: InferenceModel, batch: int, position: int = 1024, steps: int = 8) -> None:
+    """Print where a step's time goes, by kernel."""
+    decoder = Decoder(model, filled_pool(model, batch, position, 64))
+    decoder.set_rows(list(range(batch)))
+    decoder.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            decoder.step()
+        torch.cuda.synchronize()
+    rows = sorted(recorded.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in rows) / steps
+    print(f"batch {batch}: {total / 1e3:.3f} ms of kernels a step")
+    for e in rows[:24]:
+        each = e.self_device_time_total / e.count
+        print(f"  {each * e.count / steps:8.1f} us {e.count / steps:6.1f} x {each:7.2f} us  {e.key[:100]}", flush=True)
+
+
 def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
     module, model, weights = load(name)
     if model.ops.__name__.endswith("decode_torch"):
@@ -215,6 +233,7 @@ def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and batch sizes")
+    parser.add_argument("--profile", action="store_true", help="only print the time of every kernel of a step of BASED")
     parser.add_argument("--json", help="append the record to this file, one line a run")
     parser.add_argument("--commit", help="commit to record (default: git's)")
     args = parser.parse_args()
@@ -223,6 +242,12 @@ def main() -> None:
     commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
                                            text=True).stdout.strip()
     state.initialize(device="cuda")
+    if args.profile:
+        _, model, _ = load("based_1.3b_window64")
+        for batch in (1, 8, 128, 1024):
+            profile(model, batch)
+            free()
+        return state.destroy()
     record: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
     record["based"] = measure("based", "based_1.3b_window64", args.quick)
     free()

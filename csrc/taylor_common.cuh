@@ -204,8 +204,9 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
     const int thread = threadIdx.x % L::Loaders, chunks = chunk_count(s);
     constexpr int Tokens = kChunk / L::Loaders;  // of a thread, Loaders apart
     constexpr uint32_t last = L::y + L::Columns / 8 * kPlane;          // the last column's plane: ones (forwards), or zeros
-    for (int i = 0; i < L::Stages; ++i)
-        for (int j = thread; j < kChunk * 4; j += L::Loaders) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
+    for (int i = 0; i < L::Stages; ++i)          // backwards a token's own thread writes the first word, chunk by chunk
+        for (int j = thread; j < kChunk * 4; j += L::Loaders)
+            if (!Reverse || j % 4) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
     constexpr int Ahead = L::Stages < 4 ? L::Stages - 1 : 3;           // chunks on their way at a time
     int handed = 0;
     auto hand_over = [&] {

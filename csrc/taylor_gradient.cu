@@ -31,9 +31,8 @@ __device__ __forceinline__ void write_permutations(uint32_t to) {
 }
 
 // dx += (dF/dx)^T d for the features [16 tile, 16 tile + 16): d [16 rows][16 features] of this warp, in an accumulator.
-// `moved` takes what moves to another element, so that neither sum waits for the other.
 template <int Tile>
-__device__ __forceinline__ void through_features(float (&dx)[8], float (&moved)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
+__device__ __forceinline__ void through_features(float (&dx)[8], const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8],
                                                  uint32_t permutations) {
     constexpr int r = Tile - 1;
     if constexpr (Tile == 0) {
@@ -57,17 +56,17 @@ __device__ __forceinline__ void through_features(float (&dx)[8], float (&moved)[
             const uint32_t a[4] = {mul2(pack(d[0], d[1]), x0[0]), mul2(pack(d[2], d[3]), x1[0]),
                                    mul2(pack(d[4], d[5]), x0[4]), mul2(pack(d[6], d[7]), x1[4])};
             const uint4 b = load_shared_vector(permutations + ((r - 1) * 32 + (threadIdx.x & 31)) * 16);
-            mma(moved, a, b.x, b.y);
-            mma(moved + 4, a, b.z, b.w);
+            mma(dx, a, b.x, b.y);
+            mma(dx + 4, a, b.z, b.w);
         }
     }
 }
 // The same for tiles First .. First + Count - 1, d their accumulators in a row.
 template <int First, int Count>
-__device__ __forceinline__ void through_tiles(float (&dx)[8], float (&moved)[8], const float* d, const uint32_t (&x0)[8],
+__device__ __forceinline__ void through_tiles(float (&dx)[8], const float* d, const uint32_t (&x0)[8],
                                               const uint32_t (&x1)[8], uint32_t permutations) {
-    through_features<First>(dx, moved, d, x0, x1, permutations);
-    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, moved, d + 8, x0, x1, permutations);
+    through_features<First>(dx, d, x0, x1, permutations);
+    if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, d + 8, x0, x1, permutations);
 }
 
 // The gradient that comes through the published state, Features rows of it at a time: the next ones are multiplied while
@@ -83,7 +82,7 @@ __device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint32_
     wgmma_commit();
 }
 template <int D, int Features, int First>
-__device__ __forceinline__ void through_state(float (&dx)[8], float (&moved)[8], float (&d)[Features / 2], uint32_t u, uint32_t state, uint32_t last,
+__device__ __forceinline__ void through_state(float (&dx)[8], float (&d)[Features / 2], uint32_t u, uint32_t state, uint32_t last,
                                               float dot0, float dot1, const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
     constexpr int Next = First + Features / 16;
     float next[Features / 2];
@@ -99,8 +98,8 @@ __device__ __forceinline__ void through_state(float (&dx)[8], float (&moved)[8],
         d[4 * n] += dot0 * z.x; d[4 * n + 1] += dot0 * z.y;
         d[4 * n + 2] += dot1 * z.x; d[4 * n + 3] += dot1 * z.y;
     }
-    through_tiles<First, Features / 16>(dx, moved, d, x0, x1, permutations);
-    if constexpr (Next < kTiles) through_state<D, Features, Next>(dx, moved, next, u, state, last, dot0, dot1, x0, x1, permutations);
+    through_tiles<First, Features / 16>(dx, d, x0, x1, permutations);
+    if constexpr (Next < kTiles) through_state<D, Features, Next>(dx, next, u, state, last, dot0, dot1, x0, x1, permutations);
 }
 
 // grad_o . o of the warp's 16 tokens from `first` of the segment on, once the stage is full: to `factors`, where this walk
@@ -174,13 +173,11 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                 barrier_wait(m.published(n), Shared<L>::state_parity(n));
                 if (work) {
                     uint32_t x0[8], x1[8];
-                    float d[Shape<D>::Features / 2], moved[8] = {};
+                    float d[Shape<D>::Features / 2];
                     multiply_state<D, Shape<D>::Features>(d, u, m.state(n), 0);
                     load_rows(x0, x1, rows);
-                    through_state<D, Shape<D>::Features, 0>(dx, moved, d, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
+                    through_state<D, Shape<D>::Features, 0>(dx, d, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
                                                             Reverse ? 1.f : -f1.y, x0, x1, m.base + L::bytes);
-                    #pragma unroll
-                    for (int j = 0; j < 8; ++j) dx[j] += moved[j];
                 }
                 if (turn + Groups >= 2) warp_arrive(m.released(n));
             }

@@ -51,15 +51,20 @@ def main() -> None:
     from based_mp.inference.generate import Generator
     try:
         generator = Generator.from_checkpoint(a.checkpoint, ranks)
-        completions = generator.generate(
-            prompts, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
-            seed=a.seed, stop=a.stop)
+        options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_k": a.top_k,
+                   "top_p": a.top_p, "seed": a.seed, "stop": a.stop}
+        say = print if ranks.rank == 0 else lambda *args, **kwargs: None
+        if len(prompts) == 1 and not a.json:                      # text as it comes
+            say(prompts[0], end="", flush=True)
+            for piece in generator.stream(prompts, **options):
+                say(piece.text, end="", flush=True)
+            say()
+            return
+        for prompt, completion in zip(prompts, generator.generate(prompts, **options), strict=True):
+            record = {"prompt": prompt, **dataclasses.asdict(completion)}
+            say(json.dumps(record, ensure_ascii=False) if a.json else prompt + completion.text)
     finally:
         state.destroy()
-    if ranks.rank == 0:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            record = {"prompt": prompt, **dataclasses.asdict(completion)}
-            print(json.dumps(record, ensure_ascii=False) if a.json else prompt + completion.text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Also under torchrun, mpirun and srun, or directly as one process.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from based_mp.config import Config, help_text, load_config  # noqa: E402
-from based_mp.errors import run_cli  # noqa: E402
+from based_mp.errors import UserError, run_cli  # noqa: E402
 
 
 def parse() -> tuple[Config, argparse.Namespace]:
@@ -31,7 +32,13 @@ def parse() -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--mfu", type=float, default=0.4, help="with --dry-run: assumed MFU")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # added by deepspeed
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.world_size is not None and not arguments.dry_run:
+        raise UserError("--world-size goes with --dry-run: the launcher sets the number of processes")
+    for name, most in (("world_size", math.inf), ("tokens", 1e18), ("mfu", 1)):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0" + ", at most 1" * (most == 1))
     return load_config(arguments.config, arguments.overrides), arguments
 
 

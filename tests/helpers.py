@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
+_libc = ctypes.CDLL(None)          # loaded before any fork
 
 
 def poison_empty(patch: Callable[[object, str, object], None] = setattr) -> None:
@@ -47,12 +49,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def die_with_parent() -> None:
+    """Called in a child before it is another program: the kernel kills it when the process that started it ends."""
+    PR_SET_PDEATHSIG = 1
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run_distributed(nproc: int, script: str | Path, args: Sequence[str] = (), *, timeout: float = 110,
                     env: dict[str, str] | None = None, poison: bool = True, check: bool = True) -> list[str]:
     """Run `script args…` in `nproc` processes with torchrun's environment, on the CPU over loopback.
 
     Returns the output (stdout and stderr) of every rank. With `check`, an AssertionError that carries the outputs
-    when a rank fails; a TimeoutError when they outlast `timeout` seconds. No process outlives the call.
+    when a rank fails; a TimeoutError when they outlast `timeout` seconds. No process outlives the call,
+    or this process.
     """
     base = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(nproc),
@@ -67,7 +76,8 @@ def run_distributed(nproc: int, script: str | Path, args: Sequence[str] = (), *,
         for rank, log in enumerate(logs):
             processes.append(subprocess.Popen(
                 [sys.executable, *runner, str(script), *map(str, args)], stdout=log, stderr=subprocess.STDOUT,
-                cwd=REPO, env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True))
+                cwd=REPO, env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
+                preexec_fn=die_with_parent))
         finished = _wait(processes, timeout)
     finally:
         for process in processes:

@@ -12,6 +12,29 @@ MODEL: dict[str, Any] = {
     "ffn_hidden_size": 96}
 
 
+class Letters:
+    """A tokenizer of single characters."""
+
+    vocab_size, eod = 120, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - 32 for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i + 32) for i in ids)
+
+
+def tiny_generator() -> Any:
+    """A generator with the small model, random, in one process."""
+    from based_mp.inference.generate import Generator
+    from based_mp.inference.model import InferenceModel
+    from based_mp.model.based_model import build_model
+    from based_mp.parallel import state
+    state.initialize(device="cpu", seed=3)
+    config = tiny_config(model={"init_std": 0.2})
+    return Generator(InferenceModel(build_model(config).eval(), config.model), Letters())
+
+
 def tiny_config(**sections: dict[str, Any]) -> Config:
     """`tiny_config(parallel={"zero_stage": 2})`: the small model with some keys changed."""
     tree: dict[str, Any] = {

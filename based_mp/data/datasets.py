@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,17 +276,41 @@ def document_bounds(tokens: Tensor, eod: int) -> Tensor:
     return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([b * s])]).int()
 
 
+def _leave_signals_to_training(worker: int) -> None:
+    """slurm signals every process of a job; loaders go on until training has saved, and end with `_end`."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(iterator: Any) -> None:
+    """End the worker processes of a DataLoader's iterator, whatever state they are in."""
+    workers = getattr(iterator, "_workers", [])
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
 def batches(dataset: Any, config: Config, ranks: Ranks, eod: int, *, first_step: int,
-            last_step: int) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of this rank for the steps [first, last), on its device, loaded ahead by worker processes."""
+            last_step: int) -> Generator[dict[str, Tensor], None, None]:
+    """Micro-batches of this rank for the steps [first, last), on its device, loaded ahead by worker processes.
+
+    Close it where it is not read to its end: the workers end then.
+    """
     sampler = GlobalBatchSampler(
         first_step=first_step, last_step=last_step, global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
     cuda = ranks.device.type == "cuda"
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(config.data, eod), pin_memory=cuda,
+                        worker_init_fn=_leave_signals_to_training,
                         num_workers=config.data.num_workers if last_step - first_step > 1 else 0)
-    for batch in loader:
-        yield {name: value.to(ranks.device, non_blocking=cuda) for name, value in batch.items()}
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            yield {name: value.to(ranks.device, non_blocking=cuda) for name, value in batch.items()}
+    finally:
+        _end(iterator)
 
 
 def prepare_cache(config: Config, ranks: Ranks) -> None:

@@ -104,7 +104,7 @@ class Engine:
         touched: list[Sequence] = []
         while len(self._launched) > lag:
             touched += self._collect(self._launched.popleft())
-        return touched
+        return list(dict.fromkeys(touched))            # each once, though it may have got several tokens
 
     def _launch(self, sequences: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
         """Send a step's results to the host without waiting."""
@@ -154,11 +154,17 @@ class Engine:
         self._launch(admitted, *self.model.ops.sample(logits, self.pool, rows, 0))
 
     def prefill(self, sequences: list[Sequence]) -> Tensor:
-        """Put the states and prompts of sequences into their slots. Returns the logits after each [n, padded vocab]."""
+        """Put the states and prompts of sequences into their slots. Returns the logits after each [n, padded vocab].
+
+        What is given several times runs once and is copied.
+        """
+        first: dict[tuple, int] = {}
+        same = [first.setdefault((id(s.state), *s.prompt), i) for i, s in enumerate(sequences)]
         self.pool.reset([s.slot for s in sequences])
         after: list[Tensor | None] = [None] * len(sequences)
         left = []                                      # (sequence, tokens to run, tokens seen)
-        for i, sequence in enumerate(sequences):
+        for i in first.values():
+            sequence = sequences[i]
             seen, prompt = 0, sequence.prompt
             if sequence.state is not None:
                 self.pool.write(sequence.slot, sequence.state)
@@ -182,7 +188,10 @@ class Engine:
             for row, (i, *_) in enumerate(pieces):
                 after[i] = logits[row]
             left = rest
-        return torch.stack(after)
+        copies = [(sequences[leader].slot, sequences[i].slot) for i, leader in enumerate(same) if leader != i]
+        if copies:
+            self.pool.copy(*zip(*copies, strict=True))
+        return torch.stack([after[leader] for leader in same])
 
     def state_of(self, prompt: list[int], state: SequenceState | None = None) -> SequenceState:
         """The state after a prompt (after another state), as a value; borrows a free slot."""

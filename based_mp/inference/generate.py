@@ -178,6 +178,9 @@ class Generator:
                 raise UserError("this generator is streaming: finish or close the stream, or use another generator")
             slots = max(slots, engine.pool.slots if engine else 0)
             self._engine = engine = None               # its memory is free before the new one takes some
-            self._engine = Engine(self.model, self.tokenizer.eod, slots=slots, length=1 << (length - 1).bit_length(),
-                                  **self._options)
+            self._engine = self.new_engine(slots, 1 << (length - 1).bit_length())
         return self._engine
+
+    def new_engine(self, slots: int, length: int) -> Engine:
+        """An engine of one's own, for `slots` sequences of at most `length` tokens (where attention is full)."""
+        return Engine(self.model, self.tokenizer.eod, slots=slots, length=length, **self._options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,14 @@ class StatePool:
         for buffer, values in ((self.temperature, temperature), (self.top_k, top_k), (self.top_p, top_p),
                                (self.seeds, seeds)):
             buffer[index] = torch.tensor(values, dtype=buffer.dtype, device=buffer.device)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Fork: give every target slot the state of its source."""
+        source, target = (torch.tensor(slots, device=self.positions.device) for slots in (sources, targets))
+        self.positions[target] = self.positions[source]
+        for layer in self.buffers:
+            for buffer in layer.values():
+                buffer[target] = buffer[source]
 
     def read(self, slot: int, position: int, logits: Tensor) -> SequenceState:
         """The state of a slot that has seen `position` tokens, copied."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,8 +67,11 @@ class LinearAttention(Mixer):
 
     @torch.no_grad()
     def _diagnose(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Minimum denominator and final state norm (Frobenius, over batch and this rank's heads)."""
+        """Smallest denominator and largest final state (Frobenius norm of a head's) of what is seen on this rank."""
         decay = self._decay(q)
         denominator = taylor_denominator(q, k, cu_seqlens=cu_seqlens, decay=decay)
         _, state = taylor_linear_attention(q, k, v, cu_seqlens=cu_seqlens, decay=decay, return_state=True)
-        self.diagnostics = {"min_denominator": denominator.min().item(), "state_norm": state.kv.norm().item()}
+        seen = self.diagnostics or {"min_denominator": math.inf, "state_norm": 0.0}
+        norm = torch.linalg.matrix_norm(state.kv).max().item()
+        self.diagnostics = {"min_denominator": min(seen["min_denominator"], denominator.min().item()),
+                            "state_norm": max(seen["state_norm"], norm)}

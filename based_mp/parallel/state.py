@@ -11,6 +11,7 @@ import importlib.util
 import os
 import socket
 import subprocess
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ _LAUNCHERS = [
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 ]
+
+_store: dist.Store | None = None          # where the processes met, for `tells`
+
+
+class _OwnError(UserError):
+    """An error of this process alone, found before it met the others."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError(f"local rank {local_rank} has no GPU of its own ({count} visible): start {count} processes "
+        kind = _OwnError if local_rank == count else UserError
+        raise kind(f"local rank {local_rank} has no GPU of its own ({count} visible): start {count} processes "
                         "on this node, or choose cpu (training.device=cpu; generate: --device cpu)")
     return torch.device("cuda", local_rank)
 
@@ -100,6 +108,8 @@ def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int
         dist.init_process_group("gloo" if where.type == "cpu" else "nccl", rank=rank, world_size=world,
                                 timeout=datetime.timedelta(minutes=timeout_minutes),
                                 device_id=where if where.type == "cuda" else None)
+    global _store
+    _store = dist.distributed_c10d._get_default_store()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
     torch.manual_seed(seed)
@@ -115,6 +125,25 @@ def destroy() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def tells(error: UserError) -> bool:
+    """Whether this process is the one that prints `error`.
+
+    The first that failed with this sentence is; before the processes have met, the first of every node.
+    """
+    rank, world, local_rank = launcher_env()
+    if _store is None:
+        return local_rank == 0 or isinstance(error, _OwnError)
+    key = f"error {error}"
+    try:
+        first = _store.add(key, 1) == 1
+        end = time.monotonic() + 2                    # the others ask rank 0's store
+        while rank == 0 and _store.add(key, 0) < world and time.monotonic() < end:
+            time.sleep(0.02)
+    except dist.DistError:
+        return True
+    return first
 
 
 def _set_environment(rank: int, world: int, local_rank: int, device: torch.device) -> None:

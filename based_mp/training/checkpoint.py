@@ -6,11 +6,14 @@ DIR/latest           the name of the newest complete checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,15 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def prepare(directory: str | Path, ranks: Ranks) -> None:
+    """Make the folder, so that a run which could not save does not start. Raises UserError."""
+    with _all_ranks(f"cannot write to checkpoint.dir={directory}"):
+        if ranks.rank == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            if not os.access(directory, os.W_OK):
+                raise PermissionError("no permission to write there")
+
+
 def save(engine: Any, directory: str | Path, config: Config, ranks: Ranks, step: int) -> Path:
     """Write the training state after `step` steps; on any failure the older checkpoints stay as they are."""
     root = Path(directory)
@@ -37,14 +49,16 @@ def save(engine: Any, directory: str | Path, config: Config, ranks: Ranks, step:
             shutil.rmtree(temporary, ignore_errors=True)
             _check_space(engine, root, ranks)
     with _all_ranks(f"cannot write the checkpoint {final}; older checkpoints are unchanged", temporary):
-        engine.save_checkpoint(str(root), tag=temporary.name, client_state={"step": step}, save_latest=False)
+        with _failing_at_the_end(engine):
+            engine.save_checkpoint(str(root), tag=temporary.name, client_state={"step": step}, save_latest=False)
     with _all_ranks(f"cannot publish the checkpoint {final}; older checkpoints are unchanged", temporary):
         if ranks.rank == 0:
-            _describe(temporary, config, ranks, step)
+            write_config(temporary, config)
             shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            write_latest(root, final.name)
-            _prune(root, config.checkpoint.keep_last)
+            publish(temporary, final, {
+                "step": step, "samples": step * config.training.global_batch_size, "universal": False,
+                "layout": layout(config, ranks), "architecture": architecture(config.model)})
+            _prune(final, config.checkpoint.keep_last)
     return final
 
 
@@ -59,9 +73,16 @@ def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
     return int(client.get("step", meta["step"]))
 
 
-def write_latest(root: Path, name: str) -> None:
-    """Point `latest` at a published checkpoint, in one step."""
-    _write(root / LATEST, name)
+def publish(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Describe the finished folder `temporary`, give it its name `final` in one step and point `latest` at it."""
+    write_meta(temporary, meta)
+    os.replace(temporary, final)
+    point_at(final)
+
+
+def point_at(checkpoint: Path) -> None:
+    """Make `latest` name this one of its folder's checkpoints."""
+    _write(checkpoint.parent / LATEST, checkpoint.name)
 
 
 def newest(directory: str | Path) -> Path | None:
@@ -72,8 +93,14 @@ def newest(directory: str | Path) -> Path | None:
     checkpoint = Path(directory) / pointer.read_text().strip()
     if not checkpoint.is_dir():
         raise UserError(f"{pointer} names {checkpoint.name}, which is not there: write the name of an existing "
-                        "step_… folder into it, or delete it to start again")
+                        "step_… folder into it, or give another checkpoint.dir to start again")
     return checkpoint
+
+
+def check_unused(directory: str | Path) -> None:
+    """UserError where `directory` holds checkpoints: another run's must not be mixed with or written over."""
+    if any(Path(directory).glob("step_*")):
+        raise UserError(f"{directory} holds checkpoints already: give another folder, or remove them")
 
 
 def resolve(path: str | Path) -> Path:
@@ -91,13 +118,13 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json, after checking that every file it lists is there whole."""
     try:
         meta = json.loads((checkpoint / "meta.json").read_text())
-    except (OSError, ValueError) as error:
+        sizes = {checkpoint / name: size for name, size in meta["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint (no readable meta.json): use an older one by "
                         f"writing its name into {checkpoint.parent / LATEST}") from error
-    for name, size in meta["files"].items():
-        file = checkpoint / name
+    for file, size in sizes.items():
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{checkpoint} is damaged ({name} is missing or not {size} bytes long): use an older "
+            raise UserError(f"{checkpoint} is damaged ({file.name} is missing or not {size} bytes long): use an older "
                             f"checkpoint by writing its name into {checkpoint.parent / LATEST}")
     return meta
 
@@ -151,13 +178,6 @@ def write_config(folder: Path, config: Config) -> None:
             shutil.copy(file, folder / TOKENIZER)
 
 
-def _describe(folder: Path, config: Config, ranks: Ranks, step: int) -> None:
-    write_config(folder, config)
-    write_meta(folder, {
-        "step": step, "samples": step * config.training.global_batch_size, "universal": False,
-        "layout": layout(config, ranks), "architecture": architecture(config.model)})
-
-
 def tokenizer_files(tokenizer: TokenizerConfig) -> list[str]:
     return [f for f in (tokenizer.model, tokenizer.vocab_file, tokenizer.merge_file) if f is not None]
 
@@ -169,50 +189,79 @@ def _show(where: dict[str, int]) -> str:
 def _write(path: Path, text: str) -> None:
     """Replace a small file in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _prune(root: Path, keep: int) -> None:
-    complete = sorted(p for p in root.glob("step_*") if p.is_dir())
+def _prune(newest: Path, keep: int) -> None:
+    """Keep `newest` and the ones before it; later ones are of a run that was gone back from, and stay."""
+    complete = sorted(p for p in newest.parent.glob("step_*") if p.is_dir() and p.name <= newest.name)
     for old in complete[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for left_over in root.glob(".writing_*"):
+    for left_over in newest.parent.glob(".writing_*"):
         shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _check_space(engine: Any, root: Path, ranks: Ranks) -> None:
-    """Refuse before the first byte where the disk cannot hold fp32 weights and two moments."""
+    """Refuse before the first byte where the disk cannot hold the weights, their fp32 copy and two moments."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()) * ranks.tp_size
-    need, free = parameters * 14, shutil.disk_usage(root).free
+    weight = next(engine.module.parameters()).element_size()
+    need, free = parameters * (weight + 12), shutil.disk_usage(root).free
     if free < need:
         raise OSError(f"the disk has {free / 1e9:.2f} GB free and about {need / 1e9:.2f} GB are needed: free some, "
                       "lower checkpoint.keep_last or change checkpoint.dir")
 
 
-class _all_ranks:
-    """Run a block on every rank; if it failed on any, all raise one UserError, so that nobody waits for the dead."""
+@contextlib.contextmanager
+def _failing_at_the_end(engine: Any) -> Iterator[None]:
+    """Raise the first failure of DeepSpeed's writing after the block.
 
-    def __init__(self, problem: str, temporary: Path | None = None) -> None:
-        self.problem, self.temporary = problem, temporary
+    Saving has barriers, at which the other ranks would wait for the one that raised.
+    """
+    failed: list[Exception] = []
 
-    def __enter__(self) -> None:
-        return None
+    def postponing(write: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:
+                failed.append(error)
+        return call
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is not None and not isinstance(error, Exception):
-            return False
-        device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-        failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
-        dist.all_reduce(failed)
-        if not failed.item():
-            return False
-        if self.temporary is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        if isinstance(error, UserError):
-            return False
-        reason = " ".join(str(error).split())[:300] if error else "another rank failed"
-        raise UserError(f"{self.problem}: {reason}") from error
+    changed = {name: postponing(getattr(engine, name)) for name in ("_save_checkpoint", "_save_zero_checkpoint")}
+    changed["_copy_recovery_script"] = lambda path: None          # scripts that do what launch/convert.py does
+    with mock.patch.multiple(engine, **changed):
+        yield
+    if failed:
+        raise failed[0]
+
+
+@contextlib.contextmanager
+def _all_ranks(problem: str, temporary: Path | None = None) -> Iterator[None]:
+    """A block that every rank runs; where it fails on any, all raise the first such rank's reason as one UserError.
+
+    So nobody waits for a rank that failed. The folder `temporary` is removed then.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    nobody = dist.get_world_size()
+    first = torch.tensor([nobody if failure is None else dist.get_rank()], device=device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if first.item() == nobody:
+        return
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    told = [str(failure) if isinstance(failure, UserError) else f"{problem}: {' '.join(str(failure).split())[:300]}"]
+    dist.broadcast_object_list(told, src=int(first.item()), device=device)
+    raise UserError(told[0]) from failure

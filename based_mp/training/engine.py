@@ -118,12 +118,34 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
+@torch.no_grad()
+def whole_copy(engine: Any, config: Config) -> torch.nn.Module:
+    """The engine's model for generation: itself, or a copy where its weights or its sequences are cut among ranks.
+
+    Tensor parallelism stays.
+    """
+    if config.parallel.zero_stage < 3 and not config.parallel.sequence_parallel:
+        return engine.module
+    from deepspeed import zero
+    parallel = config.parallel.model_copy(update={"sequence_parallel": False})
+    copy = build_model(config.model_copy(update={"parallel": parallel}))
+    for theirs, ours in zip(engine.module.parameters(), copy.parameters(), strict=True):
+        with zero.GatheredParameters([theirs], enabled=config.parallel.zero_stage == 3):
+            ours.copy_(theirs)
+    return copy
+
+
 def replicas_unequal(model: torch.nn.Module, tp_size: int) -> int:
-    """Parameters that differ between ranks where they must be bit-equal (a check; gathers everything)."""
-    bad = 0
-    for parameter in model.parameters():
-        copies = [torch.empty_like(parameter.data) for _ in range(dist.get_world_size())]
-        dist.all_gather(copies, parameter.data.contiguous())
-        stride = tp_size if getattr(parameter, "tensor_model_parallel", False) else 1
-        bad += any(not torch.equal(copy, copies[rank % stride]) for rank, copy in enumerate(copies))
+    """Parameters that differ between ranks where they must be bit-equal (a check; gathers everything).
+
+    Under ZeRO-3 those whose copies, put together from the data-parallel shards, differ between tensor-parallel ranks.
+    """
+    from deepspeed import zero
+    parameters, bad = list(model.parameters()), 0
+    with zero.GatheredParameters(parameters, enabled=any(hasattr(p, "ds_id") for p in parameters)):
+        for parameter in parameters:
+            copies = [torch.empty_like(parameter.data) for _ in range(dist.get_world_size())]
+            dist.all_gather(copies, parameter.data.contiguous())
+            stride = tp_size if getattr(parameter, "tensor_model_parallel", False) else 1
+            bad += any(not torch.equal(copy, copies[rank % stride]) for rank, copy in enumerate(copies))
     return bad

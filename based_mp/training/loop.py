@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from based_mp.model.based_model import token_losses
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
-from based_mp.training.engine import build_engine, set_learning_rate
+from based_mp.training.engine import build_engine, set_learning_rate, whole_copy
 from based_mp.training.health import StopSignal, check_loss
 from based_mp.training.metrics import Metrics
 from based_mp.training.schedule import learning_rate
@@ -48,8 +49,12 @@ class Trainer:
     def _engine_at_checkpoint(self) -> tuple[Any, int]:
         config, ranks = self.config, self.ranks
         found = None
-        if config.checkpoint.dir and config.checkpoint.resume:
-            found = ckpt.newest(config.checkpoint.dir)
+        if config.checkpoint.dir:
+            ckpt.prepare(config.checkpoint.dir, ranks)
+            if config.checkpoint.resume:
+                found = ckpt.newest(config.checkpoint.dir)
+            else:
+                ckpt.check_unused(config.checkpoint.dir)
         if found is None:
             return build_engine(config, ranks), 0
         meta = ckpt.read_meta(found)
@@ -66,22 +71,11 @@ class Trainer:
         """Train to training.steps, or (as a time limit would) to step `stop_after`; validate, save and log."""
         config = self.config
         last = min(config.training.steps, stop_after or config.training.steps)
-        stream = self.metrics.timed(
-            batches(self.data.train, config, self.ranks, self.eod, first_step=self.step, last_step=last))
-        losses: list[Tensor] = []
-        asked = False
-        while self.step < last and not asked:
-            lr = learning_rate(self.step, config)
-            losses.append(self._train_step(stream, lr))
-            self.step += 1
-            if self._due(config.logging.log_interval) or self.step == last:
-                self._log(losses, lr)
-                losses = []
-            asked = self.stop.agreed()
-            if losses and (asked or self._due(config.checkpoint.interval)):
-                self._mean_loss(losses)                                  # what is no number must not be saved
-            if not asked:
-                self._periodic()
+        if self.step >= last:
+            self.metrics.say(f"nothing to train: {self.step} of training.steps={config.training.steps} steps are done")
+        with closing(batches(self.data.train, config, self.ranks, self.eod, first_step=self.step,
+                             last_step=last)) as stream:
+            asked = self._train(self.metrics.timed(stream), last)
         if asked:
             self.metrics.say(f"asked to stop: saving after step {self.step}")
         self._save()
@@ -89,18 +83,38 @@ class Trainer:
             self._evaluate("test", self.data.test)
         self.metrics.close()
 
+    def _train(self, stream: Iterator[dict[str, Tensor]], last: int) -> bool:
+        """To step `last`; True when asked to stop before."""
+        losses: list[Tensor] = []
+        while self.step < last:
+            lr = learning_rate(self.step, self.config)
+            losses.append(self._train_step(stream, lr))
+            self.step += 1
+            if self._due(self.config.logging.log_interval) or self.step == last:
+                self._log(losses, lr)
+                losses = []
+            asked = self.stop.agreed()
+            if losses and (asked or self._due(self.config.checkpoint.interval)):
+                self._mean_loss(losses)                                  # what is no number must not be saved
+            if asked or not self._periodic():
+                return True
+        return False
+
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
 
-    def _periodic(self) -> None:
+    def _periodic(self) -> bool:
+        """Validation, sample text and checkpoint, where due; False once asked to stop."""
         config = self.config
         with self.metrics.pause():
-            if self._due(config.validation.interval) and self.data.valid:
-                self._evaluate("valid", self.data.valid)
+            if self._due(config.validation.interval) and self.data.valid and not self._evaluate(
+                    "valid", self.data.valid):
+                return False
             if self._due(config.logging.sample_interval):
                 self._sample()
             if self._due(config.checkpoint.interval):
                 self._save()
+        return True
 
     def _train_step(self, stream: Iterator[dict[str, Tensor]], lr: float) -> Tensor:
         """One optimizer step; the mean loss over the tokens that count in the global batch (this rank's part)."""
@@ -155,11 +169,14 @@ class Trainer:
         return sum(values) / len(values)
 
     @torch.no_grad()
-    def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> None:
-        """Loss of every corpus over validation.batches global batches; linear-attention health on the way."""
+    def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> bool:
+        """Loss of every corpus over validation.batches global batches; linear-attention health in the first of them.
+
+        False, with nothing logged, as soon as the run is asked to stop.
+        """
         self.engine.eval()
-        mixers = [(i, layer.self_attention) for i, layer in enumerate(self.engine.module.decoder.layers)
-                  if isinstance(layer.self_attention, LinearAttention)]
+        mixers = {layer: module.self_attention for layer, module in enumerate(self.engine.module.decoder.layers)
+                  if isinstance(module.self_attention, LinearAttention)}
         results: dict[str, float] = {}
         for corpus, (dataset, _) in corpora.items():
             steps = min(self.config.validation.batches, len(dataset) // self.config.training.global_batch_size)
@@ -167,16 +184,19 @@ class Trainer:
                 raise UserError(f"{name} corpus {corpus} has {len(dataset)} samples, fewer than one global batch of "
                                 f"{self.config.training.global_batch_size}: use a larger corpus or a smaller batch")
             sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
-            stream = partial(batches, dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps)
+            stream_of = partial(batches, dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps)
             if self.slices is not None:
-                self.slices.learn(f"{name}/{corpus}", stream)
-            for batch in stream():
-                for _, mixer in mixers:
-                    mixer.collect_diagnostics = not results and not mixer.diagnostics
-                losses = token_losses(self.engine, batch) * batch["loss_mask"]
-                if self.slices is not None:
-                    self.slices.add(batch, losses)
-                sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
+                self.slices.learn(f"{name}/{corpus}", stream_of)
+            with closing(stream_of()) as stream:
+                for i, batch in enumerate(stream):
+                    for mixer in mixers.values():
+                        mixer.collect_diagnostics = not results and i < self.accumulation
+                    losses = token_losses(self.engine, batch) * batch["loss_mask"]
+                    if self.slices is not None:
+                        self.slices.add(batch, losses)
+                    sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
+                    if self.stop.agreed():
+                        return False
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
             results[corpus] = (sums[0] / sums[1].clamp(min=1)).item()
             if self.slices is not None:
@@ -186,22 +206,31 @@ class Trainer:
         self.metrics.log_validation(self.step, results, mean, name)
         if self.slices is not None:
             self.metrics.log_slices(self.step, name, self.slices.total())
-        for layer, mixer in mixers:
-            self.metrics.scalars(self.step, {f"linear_attention/{key}_layer_{layer}": value
-                                             for key, value in mixer.diagnostics.items()})
-            mixer.collect_diagnostics, mixer.diagnostics = False, {}
+        self._log_health(mixers)
         self.engine.train()
         gc.collect()
+        return True
+
+    def _log_health(self, mixers: dict[int, LinearAttention]) -> None:
+        """Smallest denominator and largest state norm of every linear-attention layer, over all ranks."""
+        if not mixers:
+            return
+        own = [[mixer.diagnostics["min_denominator"], -mixer.diagnostics["state_norm"]] for mixer in mixers.values()]
+        extremes = torch.tensor(own, device=self.ranks.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+        for layer, (denominator, norm) in zip(mixers, extremes.tolist(), strict=True):
+            self.metrics.scalars(self.step, {f"linear_attention/min_denominator_layer_{layer}": denominator,
+                                             f"linear_attention/state_norm_layer_{layer}": -norm})
+        for mixer in mixers.values():
+            mixer.collect_diagnostics, mixer.diagnostics = False, {}
 
     def _sample(self) -> None:
         """Text from the model as it stands."""
         from based_mp.inference.generate import Generator, open_tokenizer
         from based_mp.inference.model import InferenceModel
         config = self.config
-        if config.parallel.zero_stage == 3 or config.parallel.sequence_parallel:
-            return
-        self.engine.eval()
-        generator = Generator(InferenceModel(self.engine.module, config.model), open_tokenizer(config.data.tokenizer))
+        model = whole_copy(self.engine, config)
+        generator = Generator(InferenceModel(model.eval(), config.model), open_tokenizer(config.data.tokenizer))
         text = generator.generate([config.logging.sample_prompt], max_new_tokens=config.logging.sample_tokens,
                                   temperature=0.8, top_p=0.95, seed=self.step)[0].text
         self.engine.train()

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from based_mp.config import Config
+from based_mp.errors import UserError
 from based_mp.estimate import flops_per_token
 from based_mp.parallel.state import Ranks
 
@@ -33,7 +34,11 @@ class Metrics:
         if self.config.logging.tensorboard_dir is None:
             return None
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(self.config.logging.tensorboard_dir, purge_step=start_step or None)
+        directory = self.config.logging.tensorboard_dir
+        try:                                     # points after the step that is gone on from are of an abandoned run
+            writer = SummaryWriter(directory, purge_step=start_step + 1)
+        except OSError as error:
+            raise UserError(f"cannot write to logging.tensorboard_dir={directory}: {error.strerror}") from error
         writer.add_text("config", f"```yaml\n{self.config.to_yaml()}```", start_step)
         return writer
 

@@ -27,8 +27,7 @@ def reshard(source: str | Path, output: str | Path, *, workers: int = 1) -> Path
     meta = ckpt.read_meta(checkpoint)
     check_convertible(meta, checkpoint)
     final, temporary = root / checkpoint.name, root / f".writing_{checkpoint.name}"
-    if final.exists():
-        raise UserError(f"{final} exists already: give another --output, or remove it")
+    ckpt.check_unused(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -37,9 +36,7 @@ def reshard(source: str | Path, output: str | Path, *, workers: int = 1) -> Path
         shutil.copy(checkpoint / "config.yaml", temporary)
         if (checkpoint / ckpt.TOKENIZER).is_dir():
             shutil.copytree(checkpoint / ckpt.TOKENIZER, temporary / ckpt.TOKENIZER)
-        ckpt.write_meta(temporary, {**meta, "universal": True})
-        os.replace(temporary, final)
-        ckpt.write_latest(root, final.name)
+        ckpt.publish(temporary, final, {**meta, "universal": True})
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot convert {checkpoint} to {final}: {' '.join(str(error).split())[:300]}; the source "

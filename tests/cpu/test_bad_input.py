@@ -22,26 +22,25 @@ from tests.cpu.test_data_datasets import EOD, write_corpus
 from tests.models import tiny_config
 
 REPO = Path(__file__).parents[2]
+WEIGHTS = "mp_rank_00_model_states.pt"
 
 
 def checkpoint(root: Path) -> Path:
     """A published checkpoint with the weights of a small model, as DeepSpeed would write them with ZeRO-1."""
     config = tiny_config()
-    folder = root / "step_00000005"
-    folder.mkdir(parents=True)
+    folder, temporary = root / "step_00000005", root / ".writing"
+    temporary.mkdir(parents=True)
     weights = {name: p.detach() for name, p in build_model(config).named_parameters()}
-    torch.save({"module": weights}, folder / "mp_rank_00_model_states.pt")
-    ckpt.write_config(folder, config)
-    ckpt.write_meta(folder, {
+    torch.save({"module": weights}, temporary / WEIGHTS)
+    ckpt.write_config(temporary, config)
+    ckpt.publish(temporary, folder, {
         "step": 5, "samples": 5, "universal": False, "architecture": ckpt.architecture(config.model),
         "layout": {"tensor_parallel": 1, "data_parallel": 1, "zero_stage": 1}})
-    ckpt.write_latest(root, folder.name)
     return folder
 
 
-def damage(folder: Path) -> None:
-    """Zero both ends of the weights, whose size stays what meta.json tells."""
-    file = folder / "mp_rank_00_model_states.pt"
+def damage(file: Path) -> None:
+    """Zero both ends of a file, whose size stays what meta.json tells."""
     data = bytearray(file.read_bytes())
     data[:400] = data[-400:] = bytes(400)
     file.write_bytes(data)
@@ -50,7 +49,7 @@ def damage(folder: Path) -> None:
 def test_damaged_bytes_of_the_right_length(tmp_path, gloo_process):
     folder, model = checkpoint(tmp_path / "run"), build_model(tiny_config())
     assert full_state(folder, model)
-    damage(folder)
+    damage(folder / WEIGHTS)
     with pytest.raises(UserError, match="mp_rank_00_model_states.pt is damaged"):
         full_state(folder, model)
     kept = tmp_path / "kept.safetensors"
@@ -65,7 +64,7 @@ def test_resharding_damaged_bytes_leaves_nothing(tmp_path, gloo_process):
     optimizer = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": {}}, optimizer)
     ckpt.write_meta(folder, ckpt.read_meta(folder))
-    damage(folder)
+    damage(folder / WEIGHTS)
     done = subprocess.run(
         [sys.executable, "launch/convert.py", "reshard", "--checkpoint", tmp_path / "run", "--output",
          tmp_path / "new"], cwd=REPO, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})

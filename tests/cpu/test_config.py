@@ -100,6 +100,16 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path):
     ("data.tokenizer=null", ["sample_interval", "data.tokenizer"]),
     ("data.train.3.path=x", ["data.train.3.path=x"]),
     ("optimizer.lr", ["section.key=value"]),
+    ("optimizer.lr=.inf", ["optimizer.lr=inf", "finite"]),
+    ("optimizer.lr=.nan", ["optimizer.lr=nan"]),
+    ("optimizer.lr=0", ["optimizer.lr=0.0", "greater than 0"]),
+    ("training.seed=-1", ["training.seed=-1"]),
+    ("data.seed=4294967296", ["data.seed=4294967296"]),
+    ("model.ffn_hidden_size=-8", ["model.ffn_hidden_size=-8"]),
+    ("optimizer.decay_steps=0", ["optimizer.decay_steps=0"]),
+    ("model.decay_exponent=0", ["model.decay_exponent=0"]),
+    ("optimizer=3", ["optimizer=3", "section"]),
+    ("data.split=0,50,50", ["data.split", "first above 0"]),
 ])
 def test_every_mistake_is_one_sentence_that_names_the_key(small, override, told):
     with pytest.raises(UserError) as caught:
@@ -132,7 +142,8 @@ def test_world_size_must_fit(small):
 
 @pytest.mark.parametrize(("text", "told"), [
     ("model: [", "not valid YAML"), ("- a", "must hold sections"), ("", "must hold sections"),
-    ("model: {d_model: 8}", "is missing"),
+    ("model: {d_model: 8}", "is missing"), ("model: {d_model: 8, d_model: 16}", "d_model stands twice"),
+    ("training: {steps: 1}\nmodel: {}\ntraining: {steps: 2}", "training stands twice"),
 ])
 def test_broken_files(tmp_path, text, told):
     path = tmp_path / "c.yaml"

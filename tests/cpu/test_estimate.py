@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 from based_mp.config import load_config
+from based_mp.errors import UserError
 from based_mp.estimate import (
     estimate_text,
     flops_per_token,
@@ -98,3 +101,28 @@ def test_text_says_batch_run_and_time():
     assert "362,661,888" in text
     assert "8 sequences × 4 micro-batches × 8 ranks = 256 sequences = 524,288 tokens" in text
     assert "20,000 steps = 10.486B tokens" in text and "at MFU 50%" in text
+
+
+def pretrain(monkeypatch, *arguments):
+    """launch/pretrain.py's main, in this process."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+    return runpy.run_path(str(CONFIGS.parent / "launch" / "pretrain.py"))["main"]()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_dry_run_of_every_config(path, monkeypatch, capsys):
+    pretrain(monkeypatch, "--config", path, "--dry-run")
+    told = capsys.readouterr().out
+    total = sum(parameter_counts(load_config(path).model).values())
+    assert f"{total:,}" in told
+    for word in ("FLOPs", "per GPU", "optimizer", "micro-batches", "at MFU 40%"):
+        assert word in told, (word, told)
+
+
+@pytest.mark.parametrize("options", [
+    ["--dry-run", "--mfu", "0"], ["--dry-run", "--mfu", "nan"], ["--dry-run", "--mfu", "40"],
+    ["--dry-run", "--tokens", "-1"], ["--dry-run", "--tokens", "inf"], ["--dry-run", "--world-size", "0"],
+    ["--world-size", "2"]])
+def test_options_out_of_range_are_refused(options, monkeypatch):
+    with pytest.raises(UserError, match=options[-2]):
+        pretrain(monkeypatch, "--config", CONFIGS / "smoke_cpu.yaml", *options)

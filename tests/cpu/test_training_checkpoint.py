@@ -20,12 +20,11 @@ LAYOUT = {"tensor_parallel": 1, "data_parallel": 1, "zero_stage": 1}
 
 def publish(root, config, **changes):
     """A checkpoint folder with one small file in place of DeepSpeed's shards."""
-    folder = root / "step_00000005"
-    folder.mkdir(parents=True)
-    (folder / "shard.pt").write_bytes(b"12345")
-    ckpt.write_meta(folder, {"step": 5, "universal": False, "layout": LAYOUT,
-                             "architecture": ckpt.architecture(config.model)} | changes)
-    ckpt.write_latest(root, folder.name)
+    folder, temporary = root / "step_00000005", root / ".writing"
+    temporary.mkdir(parents=True)
+    (temporary / "shard.pt").write_bytes(b"12345")
+    ckpt.publish(temporary, folder, {"step": 5, "universal": False, "layout": LAYOUT,
+                                     "architecture": ckpt.architecture(config.model)} | changes)
     return folder
 
 
@@ -39,7 +38,9 @@ def test_whole_checkpoint_is_taken(tmp_path):
     (lambda f: (f / "shard.pt").write_bytes(b"123"), "damaged"),
     (lambda f: (f / "shard.pt").unlink(), "damaged"),
     (lambda f: (f / "meta.json").unlink(), "not a complete checkpoint"),
-    (lambda f: (f / "meta.json").write_text("{"), "not a complete checkpoint")])
+    (lambda f: (f / "meta.json").write_text("{"), "not a complete checkpoint"),
+    (lambda f: (f / "meta.json").write_text("{}"), "not a complete checkpoint"),
+    (lambda f: (f / "meta.json").write_text("[]"), "not a complete checkpoint")])
 def test_half_written_is_refused(tmp_path, damage, told):
     folder = publish(tmp_path, tiny_config())
     damage(folder)
@@ -51,6 +52,22 @@ def test_latest_without_its_folder(tmp_path):
     publish(tmp_path, tiny_config()).rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="not there"):
         ckpt.newest(tmp_path)
+
+
+def test_only_older_checkpoints_make_room(tmp_path):
+    """What a run that was gone back from left behind is neither counted nor removed."""
+    for step in (1, 2, 3, 9):
+        (tmp_path / ckpt.step_name(step)).mkdir()
+    (tmp_path / ".writing_step_00000002").mkdir()
+    ckpt._prune(tmp_path / ckpt.step_name(3), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [ckpt.step_name(step) for step in (2, 3, 9)]
+
+
+def test_folder_of_another_run_is_not_written_to(tmp_path):
+    ckpt.check_unused(tmp_path / "nowhere")
+    publish(tmp_path, tiny_config())
+    with pytest.raises(UserError, match="holds checkpoints already"):
+        ckpt.check_unused(tmp_path)
 
 
 def test_other_architecture_and_layout(tmp_path):

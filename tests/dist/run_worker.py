@@ -1,11 +1,12 @@
 """Trains as launch/pretrain.py does and records every step: run_worker.py CONFIG OUT.json [STOP_AFTER] [FAULT]
 
-OUT.json gets [step, loss, gradient norm] of each step. FAULT: die_in_save (the process ends in the middle of a save),
-disk_full (the save fails), nan (so is the loss of step 3).
+OUT.json gets [step, loss, gradient norm] of each step. FAULT, from step 3 on: die_in_save (the process ends in the middle
+of a save), disk_full_1 (rank 1 can write no file above 20 kB); nan (so is the loss of step 3).
 """
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -23,12 +24,6 @@ def main():
     ranks = state.initialize(config.parallel.tensor_parallel_size, device="cpu", seed=config.training.seed)
     from based_mp.training import checkpoint, loop
     steps = []
-    if fault == "die_in_save":
-        checkpoint._describe = lambda *args: os._exit(9)
-    if fault == "disk_full":
-        def full(*args):
-            raise OSError(28, "No space left on device")
-        checkpoint._describe = full
     if fault == "nan":
         losses, calls = loop.token_losses, []
 
@@ -37,7 +32,15 @@ def main():
             return losses(*args) * (float("nan") if len(calls) > 2 * trainer.accumulation else 1)
         loop.token_losses = broken
     trainer = loop.Trainer(config, ranks)
-    trainer.metrics.log_step = lambda step, loss, lr, norm: steps.append([step, loss, norm])
+
+    def record(step, loss, lr, norm):
+        steps.append([step, loss, norm])
+        if step == 3 and fault == "die_in_save":
+            checkpoint.publish = lambda *args: os._exit(9)
+        if step == 3 and fault == "disk_full_1" and ranks.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    trainer.metrics.log_step = record
     try:
         trainer.run(stop_after)
     finally:

@@ -20,7 +20,7 @@ def test_against_float64(op):
 
 @pytest.mark.parametrize("batch, bounds", [(3, None), (1, [0, 5, 300, 301, 700])])
 @pytest.mark.parametrize("window", [64, 256, None])
-@pytest.mark.parametrize("heads, dim, fraction", [(4, 64, 1.0), (5, 112, 1.0), (3, 72, 0.5)])
+@pytest.mark.parametrize("heads, dim, fraction", [(4, 64, 1.0), (5, 112, 1.0), (3, 72, 0.5), (2, 70, 1.0)])
 def test_rotary_attention(heads, dim, fraction, window, batch, bounds):
     seq = 700
     x = torch.randn(seq, batch, heads * 3 * dim, device="cuda", dtype=torch.bfloat16)

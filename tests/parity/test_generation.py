@@ -11,7 +11,7 @@ from based_mp.inference.state import SequenceState
 from based_mp.inference.text import TextStream
 from based_mp.ops import decode_torch
 from based_mp.parallel import state
-from tests.models import tiny_config
+from tests.models import Letters, tiny_config
 
 LENGTHS = [1, 7, 65, 200]
 SIZES = {
@@ -23,18 +23,6 @@ SIZES = {
     "attention": {"linear_attention_layers": [], "sliding_attention_layers": [], "other_layers": "softmax_attention",
                   "rotary_fraction": 0.5},
 }
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    vocab_size, eod = 120, 0
-
-    def encode(self, text):
-        return [ord(c) - 32 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(i + 32) for i in ids)
 
 
 @pytest.fixture(scope="module", params=list(SIZES))
@@ -192,9 +180,10 @@ def test_stop_strings_end_of_document_and_length(generator):
     assert ended.finish_reason == "eod" and ended.tokens == free.tokens[: free.tokens.index(free.tokens[3])]
 
 
+@pytest.mark.parametrize("new", [1, 2, 25])
 @pytest.mark.parametrize("stop", [[], [" x"], ["aa"]])
-def test_streaming_equals_generating(generator, stop):
-    prompts, options = ["abc", "x", "hello there"], {"max_new_tokens": 25, "temperature": 1.0, "stop": stop}
+def test_streaming_equals_generating(generator, stop, new):
+    prompts, options = ["abc", "x", "hello there"], {"max_new_tokens": new, "temperature": 1.0, "stop": stop}
     expected = generator.generate(prompts, **options)
     texts, completions = [""] * 3, [None] * 3
     for piece in generator.stream(prompts, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,7 +27,7 @@ class RotaryFlashAttention(torch.autograd.Function):
         half = int(dim * fraction) // 2
         tables = rope_tables(seq, half, base, qkv.device)
         rotate(qkv, *tables)
-        qkv = qkv.detach()
+        qkv = F.pad(qkv.detach(), (0, -dim % 8))            # flash attention wants multiples of 8
         if cu_seqlens is None:
             q, k, v = qkv.transpose(0, 1).unbind(-2)
         else:
@@ -37,7 +38,8 @@ class RotaryFlashAttention(torch.autograd.Function):
         o, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, False, **ctx.options)
         ctx.save_for_backward(qkv, o, lse, rng, unused, cu_seqlens, *tables)
-        return o if cu_seqlens is None else o[None]
+        ctx.dim = dim
+        return (o if cu_seqlens is None else o[None])[..., :dim]
 
     @staticmethod
     def backward(ctx, do):
@@ -48,14 +50,15 @@ class RotaryFlashAttention(torch.autograd.Function):
         else:
             q, k, v = qkv[:, 0].unbind(-2)
             do = do[0]
+        do = F.pad(do, (0, -ctx.dim % 8))
         if do.stride(-1) != 1:
             do = do.contiguous()
         grads = torch.ops.aten._flash_attention_backward(
             do, q, k, v, o, lse, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, rng, unused, **ctx.options)
         if cu_seqlens is None:
-            grads = [g.transpose(0, 1) for g in grads]
+            grads = [g.transpose(0, 1)[..., : ctx.dim] for g in grads]
         else:
-            grads = [g[:, None] for g in grads]
+            grads = [g[:, None, :, : ctx.dim] for g in grads]
         return pack_gradients(*grads, cos, sin), None, None, None, None
 
 
