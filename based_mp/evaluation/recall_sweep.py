@@ -16,8 +16,9 @@ import yaml
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from based_mp.config import ModelConfig, NumberLoader, Positive, Section, one_sentence
+from based_mp.config import ModelConfig, NumberLoader, one_sentence
 from based_mp.errors import UserError
+from based_mp.systems import Positive, Section, Seed
 
 
 class TrainSetting(Section):
@@ -54,7 +55,7 @@ class Sweep(Section):
     train: list[TrainSetting]
     test: list[TestSetting]
     learning_rates: list[float]
-    seeds: list[int] = [0]
+    seeds: list[Seed] = [0]
     steps: Positive
     warmup_steps: Positive = 100
     batch_tokens: Positive = 16384
