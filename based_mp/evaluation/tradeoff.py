@@ -11,30 +11,29 @@ from based_mp.errors import UserError
 from based_mp.evaluation.recall import TASKS
 
 
-def read_points(paths: list[Path]) -> dict[str, dict[str, Any]]:
+def read_points(path: Path) -> dict[str, dict[str, Any]]:
     """By model name: accuracy (mean *contains* over its recall tasks), tasks, state_bytes, tokens_per_second.
 
-    From files of launch/evaluate.py. Raises UserError for a model without recall tasks or without speed, and for models
-    that were measured on different tasks or different batches.
+    From a file of launch/evaluate.py. Raises UserError for a model without recall tasks or without speed, and for
+    models that were measured on different tasks or different batches.
     """
     points: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path} as results of launch/evaluate.py: {error}") from error
-        for name, record in results.items():
-            tasks = {task: record["tasks"][task]["metrics"]["contains"] for task in TASKS
-                     if task in record.get("tasks", {})}
-            if not tasks or "speed" not in record:
-                missing = "--speed" if tasks else f"--task for one of {', '.join(TASKS)}"
-                raise UserError(f"{name} in {path} has no result of {missing}: run launch/evaluate.py with it")
-            speed = record["speed"]
-            points[name] = {
-                "tasks": sorted(tasks), "shape": [speed[key] for key in ("batch", "prompt", "new", "device")],
-                "accuracy": sum(m["value"] for m in tasks.values()) / len(tasks),
-                "error": 1.96 * sum(m.get("stderr", 0.0) ** 2 for m in tasks.values()) ** 0.5 / len(tasks),
-                "state_bytes": speed["state_bytes"], "tokens_per_second": speed["tokens_per_second"]}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as results of launch/evaluate.py: {error}") from error
+    for name, record in results.items():
+        tasks = {task: record["tasks"][task]["metrics"]["contains"] for task in TASKS
+                 if task in record.get("tasks", {})}
+        if not tasks or "speed" not in record:
+            missing = "--speed" if tasks else f"--task for one of {', '.join(TASKS)}"
+            raise UserError(f"{name} in {path} has no result of {missing}: run launch/evaluate.py with it")
+        speed = record["speed"]
+        points[name] = {
+            "tasks": sorted(tasks), "shape": [speed[key] for key in ("batch", "prompt", "new", "device")],
+            "accuracy": sum(m["value"] for m in tasks.values()) / len(tasks),
+            "error": 1.96 * sum(m.get("stderr", 0.0) ** 2 for m in tasks.values()) ** 0.5 / len(tasks),
+            "state_bytes": speed["state_bytes"], "tokens_per_second": speed["tokens_per_second"]}
     if not points:
         raise UserError("the results hold no model: run launch/evaluate.py first")
     for key, what in (("tasks", "recall tasks"), ("shape", "batch, lengths and device of --speed")):

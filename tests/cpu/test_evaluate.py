@@ -43,11 +43,14 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def evaluate(folder, *options):
+def launch(*command):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
-    return subprocess.run([sys.executable, "launch/evaluate.py", "--checkpoint", folder / "checkpoints", "--device",
-                           "cpu", "--output", folder / "results.json", *options], cwd=REPO, capture_output=True,
-                          text=True, timeout=110, env=clean)
+    return subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True, timeout=110, env=clean)
+
+
+def evaluate(folder, *options):
+    return launch("launch/evaluate.py", "--checkpoint", folder / "checkpoints", "--device", "cpu", "--output",
+                  folder / "results.json", *options)
 
 
 def test_perplexity_and_speed_land_in_one_file(run_folder):
@@ -71,6 +74,22 @@ def test_recall_task_on_a_checkpoint(run_folder):
     task = json.loads(result.stdout)["tasks"]["fda"]
     assert task["documents"] == 2 == len(task["samples"])
     assert 0 <= task["metrics"]["contains"]["value"] <= 1
+
+
+def test_the_tradeoff_in_one_command(run_folder, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "swde.jsonl").write_text(json.dumps({"text": "one is", "value": "1"}) + "\n")
+    command = ["launch/tradeoff.py", "--model", f"tiny={run_folder / 'checkpoints'}", "--task",
+               f"swde={tmp_path / 'swde.jsonl'}", "--speed", "2x8x4", "--device", "cpu", "--output", tmp_path / "t.png"]
+    result = launch(*command)
+    assert result.returncode == 0, result.stderr
+    assert "| tiny |" in result.stdout and (tmp_path / "t.png").exists()
+    measured = (tmp_path / "t.json").read_text()
+    again = launch(*command)
+    assert again.stdout == result.stdout and (tmp_path / "t.json").read_text() == measured
+    broken = launch("launch/tradeoff.py", "--model", "other=nowhere", "--output", tmp_path / "t.png")
+    assert broken.returncode != 0 and "other could not be measured" in broken.stderr
 
 
 @pytest.mark.parametrize("options, told", [

@@ -24,7 +24,7 @@ def test_points_table_and_figure(tmp_path):
     pytest.importorskip("matplotlib")
     other = copy.deepcopy(RECORD)
     other["speed"] |= {"state_bytes": 9000, "tokens_per_second": 700.0}
-    points = tradeoff.read_points([write(tmp_path / "a.json", based=RECORD), write(tmp_path / "b.json", other=other)])
+    points = tradeoff.read_points(write(tmp_path / "a.json", based=RECORD, other=other))
     assert points["based"]["accuracy"] == pytest.approx(0.3)
     assert points["based"]["error"] == pytest.approx(1.96 * 0.025)              # √(0.03² + 0.04²) / 2
     assert "| other | 30.0 ± 4.9 | 9,000 | 700 |" in tradeoff.table(points)
@@ -35,7 +35,7 @@ def test_points_table_and_figure(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path):
     def refused(match, **records):
         with pytest.raises(UserError, match=match):
-            tradeoff.read_points([write(tmp_path / "r.json", **records)])
+            tradeoff.read_points(write(tmp_path / "r.json", **records))
 
     refused("--speed", a={"tasks": RECORD["tasks"]})
     refused("--task", a={"speed": RECORD["speed"]})
@@ -44,4 +44,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     refused("no model")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
-        tradeoff.read_points([tmp_path / "broken.json"])
+        tradeoff.read_points(tmp_path / "broken.json")
