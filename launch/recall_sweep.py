@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
     parser.add_argument("--report", action="store_true", help="table and figure of the finished runs; start nothing")
     a = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))              # so that the runs' processes end too
     from based_mp.evaluation import recall_report, recall_sweep
     sweep = recall_sweep.load_sweep(a.config)
     if a.dry_run:

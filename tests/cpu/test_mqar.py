@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from based_mp.errors import UserError
@@ -114,6 +116,23 @@ def test_a_sweep_learns_resumes_and_reports(tmp_path):
 def test_mistakes_in_a_sweep_are_one_sentence(tmp_path, change, told):
     result = sweep(tmp_path, SWEEP.replace(change, told))
     assert result.returncode != 0 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_terminated_sweep_leaves_no_process(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("steps: 400", "steps: 100000").replace("0.99\n", "2.0\n"))
+    process = subprocess.Popen([sys.executable, "launch/recall_sweep.py", "--config", tmp_path / "sweep.yaml",
+                                "--output", tmp_path / "out"], cwd=REPO, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while len(children := psutil.Process(process.pid).children(recursive=True)) < 3 and time.monotonic() < end:
+            time.sleep(0.2)                                              # two runs and multiprocessing's tracker
+        assert len(children) >= 3
+        process.terminate()
+        assert process.wait(20) == 143
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert alive == []
+    finally:
+        process.kill()
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
