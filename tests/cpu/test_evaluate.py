@@ -12,6 +12,8 @@ from tests.cpu.test_slices import write_corpus
 from tests.helpers import REPO
 from tests.models import tiny_config
 
+pytestmark = pytest.mark.timeout(300)
+
 
 def byte_tokenizer(path):
     """Byte-level tokens without merges, and <|endoftext|>."""
@@ -45,7 +47,7 @@ def run_folder(tmp_path_factory):
 
 def launch(*command):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
-    return subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True, timeout=110, env=clean)
+    return subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True, timeout=250, env=clean)
 
 
 def evaluate(folder, *options):

@@ -13,6 +13,7 @@ from based_mp.errors import UserError
 from based_mp.evaluation.mqar import distinct, mqar_rows
 from tests.helpers import REPO
 
+pytestmark = pytest.mark.timeout(300)
 SWEEP = """
 model: {d_model: 32, num_layers: 2, num_heads: 1, vocab_size: 64, pad_vocab_to_multiple_of: 16, ffn_hidden_size: 0}
 families:
@@ -81,7 +82,7 @@ def test_pairs_that_do_not_fit_are_refused():
 def sweep(folder, text, *options):
     (folder / "sweep.yaml").write_text(text)
     return subprocess.run([sys.executable, "launch/recall_sweep.py", "--config", folder / "sweep.yaml", "--output",
-                           folder / "out", *options], cwd=REPO, capture_output=True, text=True, timeout=110)
+                           folder / "out", *options], cwd=REPO, capture_output=True, text=True, timeout=250)
 
 
 def test_a_sweep_learns_resumes_and_reports(tmp_path):

@@ -10,6 +10,7 @@ import zstandard
 from based_mp.errors import UserError
 from based_mp.evaluation import recall
 
+pytestmark = pytest.mark.timeout(300)
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 
