@@ -55,7 +55,7 @@ def die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run_distributed(nproc: int, script: str | Path, args: Sequence[str] = (), *, timeout: float = 110,
+def run_distributed(nproc: int, script: str | Path, args: Sequence[str] = (), *, timeout: float = 280,
                     env: dict[str, str] | None = None, poison: bool = True, check: bool = True) -> list[str]:
     """Run `script args…` in `nproc` processes with torchrun's environment, on the CPU over loopback.
 

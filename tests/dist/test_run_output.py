@@ -24,7 +24,6 @@ from tests.cpu.test_data_datasets import EOD, write_corpus
 from tests.helpers import REPO, die_with_parent, free_port, run_distributed
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.timeout(300)
 TRAIN = ["train/loss", "train/perplexity", "train/lr", "train/grad_norm", "speed/tokens_per_second_per_gpu",
          "speed/mfu", "memory/gib"]
 VALID = [f"{name}/{kind}" for name in ("valid", "valid_two", "valid_held out") for kind in ("loss", "perplexity")]

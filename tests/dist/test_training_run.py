@@ -151,7 +151,7 @@ def test_zero_0_counts_the_gradient_norm_as_zero_1_does(tmp_path, corpus):
     assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(four, one, strict=True)) < LIMIT
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_reshard(tmp_path, corpus, gloo_process):
     """TP 2 × DP 2 goes on at other layouts with the same losses: same weights, moments and data order."""
     straight = write_config(tmp_path, corpus, "straight", save_interval=3, tensor_parallel_size=2,
