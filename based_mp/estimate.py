@@ -86,8 +86,8 @@ def flops_per_token(config: Config) -> float:
 def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
     """Activations a token and GPU that wait for the backward pass.
 
-    A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (not under
-    selective recomputation), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's
+    A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (where that is
+    not recomputed), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's
     input, and one whole layer.
     """
     d, h = model.d_model, model.num_heads
@@ -97,8 +97,10 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
     for kind in model.mixers:
         kept, cheap = mixing[kind]
         layers.append(2 * d + (2 * model.ffn_size + kept) / tp)
+        if recompute not in ("norms", "selective"):
+            layers[-1] += 2 * d
         if recompute != "selective":
-            layers[-1] += 2 * d + (model.ffn_size + cheap) / tp
+            layers[-1] += (model.ffn_size + cheap) / tp
     return sum(layers) if recompute != "full" else model.num_layers * d + max(layers)
 
 

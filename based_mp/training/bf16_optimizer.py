@@ -52,7 +52,7 @@ class FusedBF16Optimizer(BF16_Optimizer):
         """Clips and steps; a step whose gradients are not all finite changes nothing."""
         norm = self._norm()
         self._global_grad_norm = norm
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1) if self.clip_grad > 0 else None
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
         self.optimizer.found_inf = (~norm.isfinite()).float()
         for parameter, gradient in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition,
                                        strict=True):

@@ -46,7 +46,7 @@ def groups():
     state.destroy()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
 @pytest.mark.parametrize("fp32_residual", [False, True])
 def test_model_equals_plain_torch(groups, monkeypatch, recompute, fp32_residual):
     """One forward and backward pass of the same weights, every kernel against plain torch."""
