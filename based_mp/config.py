@@ -107,8 +107,8 @@ class ModelConfig(Section):
     init_std: Annotated[float, Field(gt=0)] = Field(
         0.02, description="std of the initial weights; output projections are divided by √(2·num_layers)")
     kernels: Literal["auto", "torch", "fla"] = Field(
-        "auto", description="of gla and rwkv on a GPU: fla = flash-linear-attention's (pip install '.[fla]'), torch, "
-        "auto = fla where it is installed")
+        "auto", description="of gla, rwkv and mamba on a GPU: auto = flash-linear-attention's for gla and rwkv "
+        "where it is installed (pip install '.[fla]'), Triton for mamba; fla = auto, but must be there; torch = none")
     gla: GLAConfig = Field(default_factory=GLAConfig, description="settings of the gla mixer")
     mamba: MambaConfig = Field(default_factory=MambaConfig, description="settings of the mamba mixer")
     h3: H3Config = Field(default_factory=H3Config, description="settings of the h3 mixer")

@@ -87,15 +87,15 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
     """Activations a token and GPU that wait for the backward pass.
 
     A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (where that is
-    not recomputed), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's
-    input, and one whole layer.
+    not recomputed), and the outputs of its projections and of its mixing (of the systems that BASED is
+    compared with, of the projections alone). Full recomputation keeps a layer's input, and one whole layer.
     """
     d, h = model.d_model, model.num_heads
     mixing = {"gated_conv": (4 * d, 2 * d), "linear_attention": (h * (2 * model.feature_dim + 2 * model.head_dim), 0),
               "sliding_attention": (4 * d, 0), "softmax_attention": (4 * d, 0)}
     layers = []
     for kind in model.mixers:
-        kept, cheap = mixing[kind]
+        kept, cheap = mixing[kind] if kind in mixing else (_system_parameters(model)[kind] / d, 0)
         layers.append(2 * d + (2 * model.ffn_size + kept) / tp)
         if recompute not in ("norms", "selective"):
             layers[-1] += 2 * d
