@@ -27,7 +27,7 @@ def train(ranks, steps, *, model=None, start=None, before_step=lambda step: None
                                       model={**MODEL, **(model or {})}), ranks)
     if start is not None:
         for flat, values in zip(engine.optimizer.bf16_groups_flat, start, strict=True):
-            flat.copy_(values)
+            flat.data.copy_(values)
         engine.optimizer.refresh_fp32_params()
     masters = engine.optimizer.fp32_groups_flat_partition
     norms, weights = [], [[w.detach().clone() for w in masters]]
