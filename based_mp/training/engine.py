@@ -113,7 +113,7 @@ def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weigh
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2),
                                   eps=o.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
-    from based_mp.training.bf16_optimizer import fuse           # imports DeepSpeed, quiet by now
+    from based_mp.training.bf16_optimizer import fuse  # imports DeepSpeed, quiet by now
     fuse(engine)
     return engine
 
