@@ -11,9 +11,9 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import HyenaConfig
 from based_mp.model.mixer import RowMixer
 from based_mp.ops.recurrences import accumulation_dtype, causal_conv, long_conv, next_carry
+from based_mp.systems import HyenaConfig
 
 SLOW, FAST, TARGET, SHIFT = 1.5, 0.3, 1e-2, 0.05       # exponential modulation of the filters
 

@@ -15,10 +15,10 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import MambaConfig
 from based_mp.model.mixer import RowMixer, valid_mask
 from based_mp.ops.fused.selective_scan import selective_scan
 from based_mp.ops.recurrences import accumulation_dtype, causal_conv, next_carry
+from based_mp.systems import MambaConfig
 
 
 @dataclass
