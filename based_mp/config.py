@@ -213,8 +213,8 @@ class TrainingConfig(Section):
         20000, description="optimizer steps; where corpora are read more than once, their order depends on it")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (with fp32 master weights) or fp32")
     seed: Seed = Field(1234, description="of the initial weights")
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations done again in backward: selective = norms, SwiGLU and convolutions, "
+    recompute: Literal["none", "norms", "selective", "full"] = Field(
+        "none", description="activations done again in backward: norms, selective = norms, SwiGLU and convolutions, "
                             "full = whole layers")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
 

@@ -86,9 +86,9 @@ def flops_per_token(config: Config) -> float:
 def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
     """Activations a token and GPU that wait for the backward pass.
 
-    A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (not under
-    selective recomputation), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's
-    input, and one whole layer. The systems that BASED is compared with are counted roughly: fp32 as two values, spectra
+    A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (where that is
+    not recomputed), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's input, and
+    one whole layer. The systems that BASED is compared with are counted roughly: fp32 as two values, spectra
     of long convolutions as four, GLA and RWKV with flash-linear-attention.
     """
     d, h = model.d_model, model.num_heads
@@ -101,8 +101,10 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
     for kind in model.mixers:
         kept, cheap = mixing[kind]
         layers.append(2 * d + (2 * model.ffn_size + kept) / tp)
+        if recompute not in ("norms", "selective"):
+            layers[-1] += 2 * d
         if recompute != "selective":
-            layers[-1] += 2 * d + (model.ffn_size + cheap) / tp
+            layers[-1] += (model.ffn_size + cheap) / tp
     return sum(layers) if recompute != "full" else model.num_layers * d + max(layers)
 
 

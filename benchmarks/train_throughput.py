@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="sequences; default 8 (360m), 4 (1.3b) at 2048")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches an optimizer step")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--recompute", default="none", choices=["none", "norms", "selective", "full"])
     parser.add_argument("--data", help="prefix of a .bin/.idx pair; default: synthetic")
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")

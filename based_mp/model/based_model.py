@@ -26,7 +26,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     if config.training.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif config.training.recompute == "selective":
-        recompute = {"recompute_granularity": "selective"}           # see based_mp/model/recompute.py
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
+    elif config.training.recompute == "norms":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
 
     def normal(std: float):
         return lambda weight: torch.nn.init.normal_(weight, 0.0, std)

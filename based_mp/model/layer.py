@@ -53,11 +53,11 @@ class Layer(MegatronModule):
                 packed_seq_params: Tensor | None = None, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, d_model] (fp32 for an fp32 residual), context: what is still to be added to it."""
         residual, x = self.input_layernorm(hidden_states, context, return_sum=True)
-        with recomputed(x, self.input_layernorm.again(residual), self, self.config):
+        with recomputed(x, self.input_layernorm.again(residual), self, self.config, part="layernorm"):
             out, bias = self.self_attention(x, packed_seq_params=packed_seq_params)
         if self.mlp is not None:
             residual, x = self.pre_mlp_layernorm(residual, out, bias, return_sum=True)
-            with recomputed(x, self.pre_mlp_layernorm.again(residual), self, self.config):
+            with recomputed(x, self.pre_mlp_layernorm.again(residual), self, self.config, part="layernorm"):
                 out, bias = self.mlp(x)
         if bias is not None:
             out = out + bias

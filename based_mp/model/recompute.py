@@ -11,14 +11,15 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def recomputed(output: Tensor, again: Callable[[], Tensor], module: torch.nn.Module,
-               config: TransformerConfig) -> Iterator[None]:
+def recomputed(output: Tensor, again: Callable[[], Tensor], module: torch.nn.Module, config: TransformerConfig, *,
+               part: str = "mlp") -> Iterator[None]:
     """While a linear layer runs on `output`, what it would keep of `output` for its weight's gradient is `again`.
 
     `again` must give bitwise the same tensor from tensors that are kept anyway. Does nothing unless `module` trains
-    under training.recompute=selective.
+    under training.recompute=selective, or =norms and `part` is "layernorm".
     """
-    if not (module.training and config.recompute_granularity == "selective" and output.requires_grad):
+    chosen = config.recompute_granularity == "selective" and part in config.recompute_modules
+    if not (module.training and chosen and output.requires_grad):
         yield
         return
     address, size, dtype = output.data_ptr(), output.numel(), output.dtype

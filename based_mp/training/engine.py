@@ -36,11 +36,15 @@ def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": ranks.device.type == "cuda",
                               "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+        # It waits for the GPU before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.training.precision == "bf16":
         # Each gradient is added to the fp32 sum as soon as backward has made it, and its bf16 copy is dropped.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.parallel.zero_stage == 1:
+            settings["communication_data_type"] = "fp32"        # of the fp32 sums: DeepSpeed would round them to bf16
     if universal:
         settings["checkpoint"] = {"load_universal": True}
     return settings
@@ -107,8 +111,10 @@ def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weigh
     model.universal_checkpoint_info = universal_checkpoint_info(model)
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2),
-                                  eps=o.eps, fused=ranks.device.type == "cuda" or None)
+                                  eps=o.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+    from based_mp.training.bf16_optimizer import fuse  # imports DeepSpeed, quiet by now
+    fuse(engine)
     return engine
 
 

@@ -25,6 +25,8 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """True on all ranks once any has been asked; a collective call."""
+        if dist.get_world_size() == 1:                                    # no need to wait for the GPU
+            return self.received
         flag = torch.tensor([self.received], dtype=torch.int32, device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

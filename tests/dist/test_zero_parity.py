@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     cases = [(1, case(1, None, False))] + [(processes, case(*layout)) for processes, *layout in LAYOUTS]
     cases += [(processes, case(2, zero, True, 3, fault)) for fault, processes, zero in FAULTS]
     cases += [(2, case(2, 1, True, 3, changes=changes)) for changes in CHANGES.values()]
+    cases += [(2, case(1, 1, False, 3, changes=CHANGES["bf16"]))]
     cases += [(1, case(1, None, False, 3, changes={"model": changes["model"]})) for changes in CHANGES.values()
               if "model" in changes]
     for changes, sp in SYSTEMS:
@@ -103,6 +104,12 @@ def test_other_models_and_computations(trained, plain, name):
         assert 1e-5 < loss < 0.02 and 1e-5 < norm < 0.03
     else:
         assert loss < 1e-5 and norm < 1e-5
+
+
+def test_bf16_data_parallel(trained, plain):
+    result = trained(2, case(1, 1, False, 3, changes=CHANGES["bf16"]))
+    loss, norm = deviation(result, plain[:3])
+    assert result["unequal"] == 0 and 1e-5 < loss < 0.02 and 1e-5 < norm < 0.03
 
 
 @pytest.mark.parametrize("changes, sp", SYSTEMS, ids=["gla, mamba, h3, hyena", "rwkv, gla"])

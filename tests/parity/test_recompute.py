@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from based_mp.model import layer
+from based_mp.model import layer, norms
 from based_mp.model.based_model import build_model, forward_loss
 from tests.models import tiny_config
 
@@ -19,7 +19,7 @@ def step(recompute, fp32_residual=False, precision="fp32", **model):
     return loss, [p.grad for p in model.parameters()], model
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["norms", "selective", "full"])
 def test_same_loss_and_gradients(gloo_process, recompute):
     loss, grads, _ = step("none")
     again, grads_again, _ = step(recompute)
@@ -40,13 +40,17 @@ def test_same_loss_and_gradients_of_the_compared_systems(gloo_process, recompute
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_selective_makes_activations_again(gloo_process, monkeypatch):
+@pytest.mark.parametrize("recompute, swiglus, norm_calls", [("none", 4, 9), ("norms", 4, 17), ("selective", 8, 17)])
+def test_makes_activations_again(gloo_process, monkeypatch, recompute, swiglus, norm_calls):
     calls = []
-    monkeypatch.setattr(layer, "swiglu", lambda x, f=layer.swiglu: (calls.append(1), f(x))[1])
-    step("none")
-    assert len(calls) == 4
-    step("selective")
-    assert len(calls) == 4 + 8
+
+    def counted(function):
+        return lambda *args, **options: (calls.append(function.__name__), function(*args, **options))[1]
+
+    monkeypatch.setattr(layer, "swiglu", counted(layer.swiglu))
+    monkeypatch.setattr(norms, "add_rms_norm", counted(norms.add_rms_norm))
+    step(recompute)
+    assert (calls.count("swiglu"), calls.count("add_rms_norm")) == (swiglus, norm_calls)
 
 
 def test_fp32_residual_is_kept_in_fp32(gloo_process):

@@ -1,0 +1,84 @@
+"""DeepSpeed's bf16 optimizer (ZeRO-1: fp32 sums, master weights and states) with fewer passes over the gradients.
+
+A linear layer's weight gradient is added to the fp32 sum by the matrix product that computes it, so that it never
+exists in bf16 (megatron-core's gradient_accumulation_fusion); every other gradient is added by one kernel. The
+gradient norm takes a few kernels, clipping and the test for infinities happen inside the fused AdamW, and
+the host never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+
+
+def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
+    """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in]."""
+    if total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, dy.t(), x, torch.float32, out=total)
+    else:
+        total.add_(dy.t() @ x)
+
+
+class FusedBF16Optimizer(BF16_Optimizer):
+    """What an engine's BF16_Optimizer (with immediate_grad_update) becomes: only methods differ."""
+
+    def fuse_weight_gradients(self, model: torch.nn.Module) -> None:
+        """Lets the linear layers of `model` add to the fp32 sums themselves."""
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+        for parameters, sums in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True):
+            for parameter, total in zip(parameters, sums, strict=True):
+                parameter.main_grad = total.view(parameter.shape)
+        for module in model.modules():
+            if hasattr(module, "gradient_accumulation_fusion"):
+                module.gradient_accumulation_fusion = True
+
+    @torch.no_grad()
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: Any, group_idx: int, param_idx: int) -> None:
+        """Of each parameter whose gradient autograd has made."""
+        if lp_param.grad is not None:
+            lp_param.main_grad.add_(lp_param.grad)
+            lp_param.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Clips and steps; a step whose gradients are not all finite changes nothing."""
+        norm = self._norm()
+        self._global_grad_norm = norm
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        for parameter, gradient in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition,
+                                       strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self._lazy_init_hp_params_optimizer_state()
+        self.update_lp_params()
+
+    def _norm(self) -> Tensor:
+        """Of all gradients; those of replicated parameters count on the first tensor-parallel rank."""
+        first = self.mpu.get_tensor_model_parallel_rank() == 0
+        counted = [total for parameters, sums in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
+                   for parameter, total in zip(parameters, sums, strict=True)
+                   if first or is_model_parallel_parameter(parameter)]
+        norm = torch.nn.utils.get_total_norm(counted)
+        if self.mpu.get_tensor_model_parallel_world_size() > 1:
+            norm = norm.square()
+            dist.all_reduce(norm, group=self.mpu.get_model_parallel_group())
+            norm = norm.sqrt()
+        return norm
+
+
+def fuse(engine: Any) -> None:
+    """The engine's bf16 optimizer as `FusedBF16Optimizer`; other optimizers (ZeRO-0, 2 and 3, fp32) stay."""
+    if type(engine.optimizer) is BF16_Optimizer:
+        engine.optimizer.__class__ = FusedBF16Optimizer
+        engine.optimizer.fuse_weight_gradients(engine.module)
+        # Among one rank there is nothing to sum, but it would copy all gradients.
+        engine.enable_backward_allreduce = engine.dp_world_size > 1
