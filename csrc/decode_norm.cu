@@ -5,8 +5,8 @@ using namespace decode;
 template <bool Fp32>
 __global__ void embed_kernel(const int* tokens, const int* positions, const int* slots, const bf16* table, void* residual, int width,
                              int first, int count, const float* frequency, float* rotation, int half) {
+    wait_for_previous();                         // in this order: no kernel of a step starts before the last step has ended
     let_next_start();
-    wait_for_previous();
     const int row = blockIdx.x, slot = slots[row];
     const int token = slot < 0 ? -1 : tokens[slot] - first;
     const bool here = token >= 0 && token < count;
