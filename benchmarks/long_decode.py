@@ -107,8 +107,9 @@ def main() -> None:
     quarter = max(len(alone) // 4, 1)
     first, last = ((alone - together)[part].square().mean().sqrt().item()
                    for part in (slice(quarter), slice(-quarter, None)))
-    print(f"perplexity of {len(alone)} tokens: {a:.4f} by decoding, {b:.4f} at once ({a / b - 1:+.4%}); losses differ by "
-          f"{first:.2e} (root mean square) in the first quarter, {last:.2e} in the last; {time.perf_counter() - start:.0f} s")
+    print(f"perplexity of {len(alone)} tokens: {a:.4f} by decoding, {b:.4f} at once ({a / b - 1:+.4%}); losses differ "
+          f"by {first:.2e} (root mean square) in the first quarter, {last:.2e} in the last; "
+          f"{time.perf_counter() - start:.0f} s")
     state.destroy()
     if not abs(a / b - 1) < LIMIT:
         raise SystemExit(f"error: the perplexities differ by more than {LIMIT:.1%}")

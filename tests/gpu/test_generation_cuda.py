@@ -197,7 +197,7 @@ def test_as_exact_as_the_full_forward(pair):
 
 
 def test_long_decoding_does_not_drift(pair):
-    """The perplexity of 4096 tokens by single steps is that of all at once, and the logits part no further with time."""
+    """The perplexity of 4096 tokens by single steps is that of all at once, and losses part no further with time."""
     from benchmarks.long_decode import decoded_losses, parallel_losses
     model = pair[1]
     tokens = torch.randint(0, 120, (4096,), device="cuda")
