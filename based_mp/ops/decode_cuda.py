@@ -22,7 +22,7 @@ __all__ = ["attention_step", "conv_run", "conv_step", "embed", "embed_step", "li
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
 MAX_ROWS_LINEAR = 4              # rows that decode_linear takes, with norm, SwiGLU and the residual addition inside
 MAX_ROWS_PRODUCT = 128           # rows that decode_product takes, with SwiGLU inside; cuBLAS from there on
-SPLIT_BLOCKS = 528               # blocks of decode_attention wanted at once: four on each multiprocessor of an H100
+SPLIT_BLOCKS = 924               # blocks of decode_attention that an H100 runs at once, seven on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
 
@@ -122,7 +122,7 @@ def attention_step(x: Tensor, slots: Tensor, positions: Tensor, rotation: Tensor
                    head_dim: int) -> Tensor:
     rows, (heads, capacity, padded) = x.shape[0], keys.shape[1:]
     o = x.new_empty(rows, heads * head_dim)
-    splits = max(1, min(-(-SPLIT_BLOCKS // (rows * heads)), capacity // SPLIT_KEYS))
+    splits = max(1, min(SPLIT_BLOCKS // (rows * heads), capacity // SPLIT_KEYS))
     partial = torch.empty(rows, heads, splits, padded + 2, dtype=torch.float32, device=x.device) if splits > 1 else None
     extension().decode_attention(_at(x), _at(slots), _at(positions), _at(rotation), _at(keys), _at(values),
                                  _at(partial), _at(o), rows, heads, head_dim, padded, rotation.shape[-1], capacity,
