@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from based_mp.ops import backends, decode_torch
 from based_mp.ops.reference import taylor_feature_dim
@@ -139,7 +140,11 @@ def test_sampling(cuda, slots, options):
         a = Pool(50257, **options)
         torch.manual_seed(seed)
         b = Pool(50257, **options)
-        (x, p), (y, q) = cuda.sample(logits, a, rows, 1), decode_torch.sample(logits[real], b, rows[real], 1)
+        if seed % 2:                               # a block a row, where few rows have a cluster of blocks each
+            x, p = (t[:4] for t in cuda.sample(logits.repeat(5, 1), a, F.pad(rows, (0, 16), value=-1), 1))
+        else:
+            x, p = cuda.sample(logits, a, rows, 1)
+        y, q = decode_torch.sample(logits[real], b, rows[real], 1)
         same += (x[real] == y).sum().item()
         assert torch.equal(a.positions, b.positions) and (x[real] < 50257).all()
         agree = x[real] == y
