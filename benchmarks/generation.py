@@ -39,6 +39,13 @@ BANDWIDTH = 3.35e12              # bytes a second, nominal, H100 SXM
 MEMORY_SHARE = 0.9               # of the GPU's memory for weights and states; the rest is work space
 EOD = -1                         # no token ends a sequence here
 BATCHES = {"based": [128, 256, 512, 1024, 2048, 4096], "attention": [8, 16, 32, 48, 64]}
+QUICK = {"based": [128, 512], "attention": [8, 32]}
+START = time.perf_counter()
+
+
+def say(*words: object) -> None:
+    """Print with the seconds since the start."""
+    print(f"[{time.perf_counter() - START:5.1f}]", *words, flush=True)
 
 
 def state_bytes(model: ModelConfig, position: int) -> tuple[int, int]:
@@ -68,7 +75,7 @@ def load(name: str) -> tuple[torch.nn.Module, InferenceModel, int]:
     return module, InferenceModel(module, config.model), sum(p.numel() * 2 for p in module.parameters())
 
 
-def gate(module: torch.nn.Module, model: InferenceModel, length: int = 640) -> dict[str, float]:
+def gate(module: torch.nn.Module, model: InferenceModel, length: int = 384) -> dict[str, float]:
     """Prefill and decode against the full forward at every position; graph against eager, bitwise."""
     tokens = torch.randint(0, model.config.vocab_size, (2, length), device="cuda")
     with torch.no_grad():
@@ -101,7 +108,7 @@ def gate(module: torch.nn.Module, model: InferenceModel, length: int = 640) -> d
     bitwise = all(a.tokens == b.tokens and a.logprobs == b.logprobs for a, b in zip(*runs, strict=True))
     result = {"relative_error": error, "argmax_agreement": agreement, "agreement_beyond_noise": near,
               "graph_equals_eager": bitwise}
-    print("gate:", result, flush=True)
+    say("gate:", result)
     if not (error < 0.04 and near >= 0.995 and bitwise):
         raise SystemExit(f"wrong results, nothing timed: {result}")
     return result
@@ -175,8 +182,8 @@ def sweep(kind: str, model: InferenceModel, weights: int, context: int, batches:
         ms = step_ms(model, batch, context)
         floor = floor_ms(model, weights, batch, context)
         rows.append({"batch": batch, "ms": ms, "tokens_per_ms": batch / ms, "share_of_floor": floor / ms})
-        print(f"{kind}: batch {batch:5d} at {context}: {ms:7.3f} ms a step, {batch / ms:7.2f} tok/ms, "
-              f"floor {floor:.3f} ms ({floor / ms:.0%})", flush=True)
+        say(f"{kind}: batch {batch:5d} at {context}: {ms:7.3f} ms a step, {batch / ms:7.2f} tok/ms, "
+            f"floor {floor:.3f} ms ({floor / ms:.0%})")
         free()
     return rows
 
@@ -186,7 +193,7 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def profile(model: InferenceModel, batch: int, position: int = 1024, steps: int = 8) -> None:
+def profile(model: InferenceModel, batch: int, position: int = 1024, steps: int = 4) -> None:
     """Print where a step's time goes, by kernel."""
     decoder = Decoder(model, filled_pool(model, batch, position, 64))
     decoder.set_rows(list(range(batch)))
@@ -198,7 +205,7 @@ def profile(model: InferenceModel, batch: int, position: int = 1024, steps: int 
         torch.cuda.synchronize()
     rows = sorted(recorded.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in rows) / steps
-    print(f"batch {batch}: {total / 1e3:.3f} ms of kernels a step")
+    say(f"batch {batch}: {total / 1e3:.3f} ms of kernels a step")
     for e in rows[:24]:
         each = e.self_device_time_total / e.count
         print(f"  {each * e.count / steps:8.1f} us {e.count / steps:6.1f} x {each:7.2f} us  {e.key[:100]}", flush=True)
@@ -206,12 +213,13 @@ def profile(model: InferenceModel, batch: int, position: int = 1024, steps: int 
 
 def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
     module, model, weights = load(name)
+    say(name, "loaded")
     if model.ops.__name__.endswith("decode_torch"):
         raise SystemExit(f"error: the kernels cannot run {name}: see the warning above")
     result: dict[str, object] = {"configuration": name, "weight_bytes": weights, "gate": gate(module, model)}
     del module
     free()
-    new = 256 if quick else 1024
+    new = 256 if quick or kind == "attention" else 1024
     seconds = engine_run(model, 128, new)
     floor = sum(floor_ms(model, weights, 128, 16 + i) for i in range(new)) / new
     result["batch_128"] = {"new_tokens": new, "tokens_per_ms": 128 * new / seconds / 1e3, "ms": seconds / new * 1e3,
@@ -221,12 +229,11 @@ def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
     floor = sum(floor_ms(model, weights, 1, 16 + i) for i in range(256)) / 256
     result["batch_1"] = {"ms": seconds / 256 * 1e3, "floor_ms": floor}
     free()
-    print(kind, json.dumps({k: result[k] for k in ("batch_128", "batch_1")}), flush=True)
+    say(kind, json.dumps({k: result[k] for k in ("batch_128", "batch_1")}))
     result["prefill_4096_x_16_ms"] = prefill_ms(model, 16, 4096)
     free()
-    print(kind, "prefill 4096 x 16:", result["prefill_4096_x_16_ms"], "ms", flush=True)
-    batches = BATCHES[kind][:3] if quick else BATCHES[kind]
-    result["sweep_4096"] = sweep(kind, model, weights, 4096, batches)
+    say(kind, "prefill 4096 x 16:", result["prefill_4096_x_16_ms"], "ms")
+    result["sweep_4096"] = sweep(kind, model, weights, 4096, (QUICK if quick else BATCHES)[kind])
     return result
 
 
@@ -244,7 +251,7 @@ def main() -> None:
     state.initialize(device="cuda")
     if args.profile:
         _, model, _ = load("based_1.3b_window64")
-        for batch in (1, 8, 128, 1024):
+        for batch in (1, 128, 512):
             profile(model, batch)
             free()
         return state.destroy()

@@ -6,6 +6,7 @@
 using namespace decode;
 
 constexpr int kThreads = 128, kUnroll = 4;
+constexpr int kFirst = 528, kFirstKeys = 128;     // blocks that may have to wait for their input, keys that they ask for meanwhile
 
 // Element i of a rotated head: the half-split layout on the first 2 * half dimensions.
 __device__ __forceinline__ float rotated(const bf16* x, const float* cosine, int i, int half) {
@@ -34,13 +35,16 @@ __global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant
     __shared__ __align__(16) bf16 k_new[Width], v_new[Width];
     __shared__ float maxima[Groups], sums[Groups], outputs[Groups][Width + 1];
     let_next_start();
-    wait_for_previous();
     const int row = blockIdx.x / p.heads, head = blockIdx.x % p.heads, split = blockIdx.y, slot = p.slots[row];
+    const int position = slot < 0 ? 0 : p.positions[slot], count = min(position + 1, p.capacity), own = position % p.capacity;
+    const int share = (count + p.splits - 1) / p.splits, begin = split * share, end = min(begin + share, count);
+    const int64_t ring = ((int64_t)slot * p.heads + head) * p.capacity * p.padded;
+    if (slot >= 0 && blockIdx.x + blockIdx.y * gridDim.x < kFirst && threadIdx.x < 2)
+        prefetch((threadIdx.x ? p.values : p.keys) + ring + (int64_t)begin * p.padded, min(end - begin, kFirstKeys) * p.padded * 2);
+    wait_for_previous();
     if (slot < 0) return;
-    const int position = p.positions[slot], count = min(position + 1, p.capacity), own = position % p.capacity;
     const bf16* in = p.x + ((int64_t)row * p.heads + head) * 3 * p.head_dim;
     const float* cosine = p.rotation + (int64_t)row * 2 * p.half;
-    const int64_t ring = ((int64_t)slot * p.heads + head) * p.capacity * p.padded;
     for (int i = threadIdx.x; i < Width; i += kThreads) {
         const bool real = i < p.head_dim;
         q[i] = real ? rotated(in, cosine, i, p.half) * p.scale : 0.f;
@@ -52,8 +56,7 @@ __global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant
     const bool inside = lane * 8 < p.padded;
     const uint4* k = (const uint4*)(p.keys + ring) + lane;
     const uint4* v = (const uint4*)(p.values + ring) + lane;
-    const int vectors = p.padded / 8, share = (count + p.splits - 1) / p.splits;
-    const int begin = split * share, end = min(begin + share, count);
+    const int vectors = p.padded / 8;
     float query[8], sum[8] = {}, largest = -INFINITY, total = 0.f;
     #pragma unroll
     for (int i = 0; i < 8; ++i) query[i] = q[lane * 8 + i];

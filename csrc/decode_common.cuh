@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include "decode.h"
 
@@ -11,24 +12,38 @@ namespace decode {
 using bf16 = __nv_bfloat16;
 
 // The next kernel of the stream may start its prologue now; what this kernel waits for is complete afterwards. Every thread
-// of every kernel calls both, in this order, before it touches anything but weights.
+// of every kernel calls both, before it touches anything but weights, `slots` and `positions`, which no kernel between a step's
+// first and last changes. The first, decode_embed, waits first: no other starts before the previous step has ended.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Launches a kernel that may overlap the end of the one before it (programmatic dependent launch).
+// Bytes from `from` on, 16-byte aligned, a multiple of 16, on their way to the L2 cache; none where there are not any. Any kernel
+// may ask for anything that it will read: a later write is not missed.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+    if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Launches a kernel that may overlap the end of the one before it (programmatic dependent launch), in clusters of blocks.
 template <typename... P, typename... A>
-int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream, A... args) {
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+int launch_clusters(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared, void* stream, A... args) {
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid; config.blockDim = block; config.dynamicSmemBytes = shared;
-    config.stream = (cudaStream_t)stream; config.attrs = &overlap; config.numAttrs = 1;
+    config.stream = (cudaStream_t)stream; config.attrs = attributes; config.numAttrs = cluster > 1 ? 2 : 1;
     if (shared > 48 * 1024) {
         cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
         if (code != cudaSuccess) return (int)code;
     }
     return (int)cudaLaunchKernelEx(&config, kernel, P(args)...);
+}
+template <typename... P, typename... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream, A... args) {
+    return launch_clusters(kernel, 1, grid, block, shared, stream, args...);
 }
 
 __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }

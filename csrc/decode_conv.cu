@@ -38,12 +38,15 @@ __global__ void conv_step(const bf16* x, const bf16* bias, const bf16* weight, c
         load8<false>(bias, channel, b1);
         load8<false>(bias, channels + channel, b2);
     }
-    wait_for_previous();
     const int slot = row < rows ? slots[row] : -1;
+    const int64_t at = (int64_t)slot * (Taps - 1) * channels + channel;
+    if (slot >= 0 && n % 8 == 0)                  // eight threads read 128 bytes
+        #pragma unroll
+        for (int i = 0; i < Taps - 1; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(carry + at + (int64_t)i * channels));
+    wait_for_previous();
     if (slot < 0) return;
     biased(x, (int64_t)row * 2 * channels + channel, b1, window[Taps - 1]);
     biased(x, (int64_t)row * 2 * channels + channels + channel, b2, u2);
-    const int64_t at = (int64_t)slot * (Taps - 1) * channels + channel;
     #pragma unroll
     for (int i = 0; i < Taps - 1; ++i) load8<false>(carry, at + (int64_t)i * channels, window[i]);
     #pragma unroll

@@ -1,10 +1,12 @@
-// Matrix product with at most eight rows, where the time is that of reading the weights. A warp makes two columns of the
-// result (with SwiGLU a gate and its value), a lane takes every 32nd vector of 16 bytes of both weight rows; the first of them are
-// on their way before the input is there. The input, normalised where asked for, waits in shared memory as bf16.
+// Matrix product with at most four rows, where the time is that of reading the weights. A warp makes one or two columns of the
+// result (with SwiGLU a gate and its value), a lane takes every 32nd vector of 16 bytes of the weight rows; the first of them are
+// on their way before the input is there, the others to the L2 cache. The input waits in shared memory as bf16, multiplied by
+// the weights of the norm where asked for; the norm's factor of a row comes to its sums.
 #include "decode_common.cuh"
 using namespace decode;
 
-constexpr int kWarps = 4, kThreads = kWarps * 32, kAhead = 4;
+constexpr int kWarps = 4, kThreads = kWarps * 32;
+constexpr int kFewWarps = 2112;                  // with fewer, 16 on each multiprocessor, a warp has one column
 
 struct Linear {
     const bf16 *x, *weight;
@@ -16,117 +18,142 @@ struct Linear {
     int rows, columns, inner;
 };
 
-__device__ __forceinline__ float element(const void* x, bool fp32, int64_t at) {
-    return fp32 ? ((const float*)x)[at] : __bfloat162float(((const bf16*)x)[at]);
-}
-
-template <int N, bool Fp32, bool Swiglu>
+// C columns a warp.
+template <int N, bool Fp32, bool Swiglu, int C>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant__ Linear p) {
+    constexpr int Ahead = 8 / C;
     extern __shared__ __align__(16) uint4 input[];                 // [rows, inner] bf16
-    __shared__ float space[32];
+    __shared__ float squares[N][kWarps];
     let_next_start();
     const int warp = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = p.inner / 8;
     const int half = p.columns / 2;
-    const int first = Swiglu ? warp : 2 * warp, second = Swiglu ? warp + half : 2 * warp + 1;
-    const bool active = first < (Swiglu ? half : p.columns), both = active && second < p.columns;
-    const uint4* a = (const uint4*)p.weight + (int64_t)first * vectors;
-    const uint4* b = (const uint4*)p.weight + (int64_t)second * vectors;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    uint4 wa[kAhead], wb[kAhead];
-    auto fetch = [&](int from) {
+    const uint4* from[C];
+    int column[C];
+    bool real[C];
+    #pragma unroll
+    for (int c = 0; c < C; ++c) {
+        column[c] = Swiglu ? warp + c * half : C * warp + c;
+        real[c] = Swiglu ? warp < half : column[c] < p.columns;
+        from[c] = (const uint4*)p.weight + (int64_t)column[c] * vectors;
+    }
+    uint4 w[C][Ahead];
+    auto fetch = [&](int first) {
         #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-            const int i = from + u * 32 + lane;
-            wa[u] = active && i < vectors ? __ldcs(a + i) : zero;
-            wb[u] = both && i < vectors ? __ldcs(b + i) : zero;
-        }
+        for (int u = 0; u < Ahead; ++u)
+            #pragma unroll
+            for (int c = 0; c < C; ++c) {
+                const int i = first + u * 32 + lane;
+                w[c][u] = real[c] && i < vectors ? __ldcs(from[c] + i) : make_uint4(0, 0, 0, 0);
+            }
     };
     fetch(0);
+    #pragma unroll
+    for (int c = 0; c < C; ++c)
+        if (lane == 0 && real[c]) prefetch(from[c] + Ahead * 32, (vectors - Ahead * 32) * 16);
+    if (p.norm_weight && blockIdx.x == 0 && threadIdx.x == 0) prefetch(p.norm_weight, p.inner * 2);
     wait_for_previous();
-    for (int n = 0; n < N; ++n) {
-        if (n >= p.rows) break;
-        float square = 0.f;
-        for (int i = threadIdx.x; i < vectors; i += kThreads) {
+    float before[C] = {};                                          // what lane n adds row n's result to
+    if (!Swiglu && p.add_to && lane < p.rows)
+        #pragma unroll
+        for (int c = 0; c < C; ++c)
+            if (real[c]) {
+                const int64_t at = (int64_t)lane * p.columns + column[c];
+                before[c] = Fp32 ? ((const float*)p.add_to)[at] : __bfloat162float(((const bf16*)p.add_to)[at]);
+            }
+    float square[N] = {};
+    for (int i = threadIdx.x; i < vectors; i += kThreads) {
+        float norm[8];
+        if (p.norm_weight) load8<false>(p.norm_weight, i * 8, norm);
+        #pragma unroll
+        for (int n = 0; n < N; ++n) {
+            if (n >= p.rows) break;
             float x[8];
-            if (p.norm_weight) load8<Fp32>(p.x, (int64_t)n * p.inner + i * 8, x);
-            else load8<false>(p.x, (int64_t)n * p.inner + i * 8, x);
-            for (int j = 0; j < 8; ++j) square += x[j] * x[j];
-            if (!p.norm_weight) input[n * vectors + i] = pack(x);
-        }
-        if (p.norm_weight) {
-            const float scale = rsqrtf(block_sum(square, space) / p.inner + p.eps);
-            for (int i = threadIdx.x; i < vectors; i += kThreads) {
-                float x[8], w[8];
+            if (p.norm_weight) {
                 load8<Fp32>(p.x, (int64_t)n * p.inner + i * 8, x);
-                load8<false>(p.norm_weight, i * 8, w);
-                for (int j = 0; j < 8; ++j) x[j] *= scale * w[j];
+                #pragma unroll
+                for (int j = 0; j < 8; ++j) { square[n] += x[j] * x[j]; x[j] *= norm[j]; }
                 input[n * vectors + i] = pack(x);
+            } else {
+                input[n * vectors + i] = ((const uint4*)p.x)[(int64_t)n * vectors + i];
             }
         }
     }
-    __syncthreads();
-    float sa[N] = {}, sb[N] = {};
-    for (int from = 0; from < vectors; from += 32 * kAhead) {
-        if (from) fetch(from);
+    if (p.norm_weight)
         #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-            const int i = from + u * 32 + lane;
+        for (int n = 0; n < N; ++n) {
+            for (int d = 16; d; d /= 2) square[n] += __shfl_xor_sync(~0u, square[n], d);
+            if (lane == 0) squares[n][threadIdx.x / 32] = square[n];
+        }
+    __syncthreads();
+    float sum[C][N] = {};
+    for (int first = 0; first < vectors; first += 32 * Ahead) {
+        if (first) fetch(first);
+        #pragma unroll
+        for (int u = 0; u < Ahead; ++u) {
+            const int i = first + u * 32 + lane;
             if (i >= vectors) break;
-            float fa[8], fb[8], x[8];
-            unpack(wa[u], fa);
-            unpack(wb[u], fb);
+            float f[C][8];
+            #pragma unroll
+            for (int c = 0; c < C; ++c) unpack(w[c][u], f[c]);
             #pragma unroll
             for (int n = 0; n < N; ++n) {
                 if (n >= p.rows) break;
+                float x[8];
                 unpack(input[n * vectors + i], x);
                 #pragma unroll
-                for (int j = 0; j < 8; ++j) { sa[n] += fa[j] * x[j]; sb[n] += fb[j] * x[j]; }
+                for (int c = 0; c < C; ++c)
+                    #pragma unroll
+                    for (int j = 0; j < 8; ++j) sum[c][n] += f[c][j] * x[j];
             }
         }
     }
+    float own[C] = {}, scale = 1.f;                                // of row `lane`
     #pragma unroll
     for (int n = 0; n < N; ++n)
-        for (int d = 16; d; d /= 2) {
-            sa[n] += __shfl_xor_sync(~0u, sa[n], d);
-            sb[n] += __shfl_xor_sync(~0u, sb[n], d);
+        #pragma unroll
+        for (int c = 0; c < C; ++c) {
+            for (int d = 16; d; d /= 2) sum[c][n] += __shfl_xor_sync(~0u, sum[c][n], d);
+            if (lane == n) own[c] = sum[c][n];
         }
-    if (lane || !active) return;
-    auto put = [&](int n, int column, float value) {
-        if (p.add_to) {
-            const int64_t at = (int64_t)n * p.columns + column;
-            const float sum = element(p.add_to, Fp32, at) + (rounded(value) + (p.bias ? __bfloat162float(p.bias[column]) : 0.f));
-            if (Fp32) ((float*)p.add_to)[at] = sum;
-            else ((bf16*)p.add_to)[at] = __float2bfloat16(sum);
-        } else {
-            p.y[(int64_t)n * p.columns + column] = __float2bfloat16(value);
-        }
-    };
+    if (lane >= p.rows) return;
+    if (p.norm_weight) {
+        float total = 0.f;
+        #pragma unroll
+        for (int i = 0; i < kWarps; ++i) total += squares[lane][i];
+        scale = rsqrtf(total / p.inner + p.eps);
+    }
     #pragma unroll
-    for (int n = 0; n < N; ++n) {
-        if (n >= p.rows) break;
-        if (Swiglu) {
-            p.y[(int64_t)n * half + first] = __float2bfloat16(silu(rounded(sa[n])) * rounded(sb[n]));
-        } else {
-            put(n, first, sa[n]);
-            if (both) put(n, second, sb[n]);
-        }
+    for (int c = 0; c < C; ++c) own[c] = rounded(own[c] * scale);
+    if (Swiglu && real[0]) p.y[(int64_t)lane * half + warp] = __float2bfloat16(silu(own[0]) * own[C - 1]);
+    #pragma unroll
+    for (int c = 0; c < C; ++c) {
+        if (Swiglu || !real[c]) continue;
+        const int64_t at = (int64_t)lane * p.columns + column[c];
+        if (p.add_to) own[c] = before[c] + (own[c] + (p.bias ? __bfloat162float(p.bias[column[c]]) : 0.f));
+        if (p.add_to && Fp32) ((float*)p.add_to)[at] = own[c];
+        else (p.add_to ? (bf16*)p.add_to : p.y)[at] = __float2bfloat16(own[c]);
     }
 }
 
-template <int N> int run(const Linear& p, int fp32, int swiglu, void* stream) {
-    const int warps = swiglu ? p.columns / 2 : (p.columns + 1) / 2;
-    auto kernel = fp32 ? (swiglu ? linear_kernel<N, true, true> : linear_kernel<N, true, false>)
-                       : (swiglu ? linear_kernel<N, false, true> : linear_kernel<N, false, false>);
-    return launch(kernel, (warps + kWarps - 1) / kWarps, kThreads, (size_t)p.rows * p.inner * 2, stream, p);
+template <int N, bool Fp32> int run(const Linear& p, int swiglu, void* stream) {
+    auto start = [&](auto kernel, int warps) {
+        return launch(kernel, (warps + kWarps - 1) / kWarps, kThreads, (size_t)p.rows * p.inner * 2, stream, p);
+    };
+    if (swiglu) return start(linear_kernel<N, Fp32, true, 2>, p.columns / 2);
+    if (N <= 2 && p.columns / 2 < kFewWarps) return start(linear_kernel<N, Fp32, false, 1>, p.columns);
+    return start(linear_kernel<N, Fp32, false, 2>, (p.columns + 1) / 2);
 }
 
 extern "C" int decode_linear(const void* x, const void* weight, void* y, const void* norm_weight, float eps, void* add_to,
                              const void* bias, int fp32_residual, int swiglu, int rows, int columns, int inner, void* stream) {
     const Linear p{(const bf16*)x, (const bf16*)weight, (bf16*)y, (const bf16*)norm_weight, eps, add_to, (const bf16*)bias, rows,
                    columns, inner};
-    if (inner % 8 || rows < 1 || rows > 8) return (int)cudaErrorInvalidValue;
-    if (rows == 1) return run<1>(p, fp32_residual, swiglu, stream);
-    if (rows == 2) return run<2>(p, fp32_residual, swiglu, stream);
-    if (rows <= 4) return run<4>(p, fp32_residual, swiglu, stream);
-    return run<8>(p, fp32_residual, swiglu, stream);
+    if (inner % 8 || rows < 1 || rows > 4) return (int)cudaErrorInvalidValue;
+    auto start = [&](auto fp32) {
+        constexpr bool Fp32 = decltype(fp32)::value;
+        if (rows == 1) return run<1, Fp32>(p, swiglu, stream);
+        if (rows == 2) return run<2, Fp32>(p, swiglu, stream);
+        return run<4, Fp32>(p, swiglu, stream);
+    };
+    return fp32_residual ? start(std::true_type{}) : start(std::false_type{});
 }

@@ -5,8 +5,8 @@ using namespace decode;
 template <bool Fp32>
 __global__ void embed_kernel(const int* tokens, const int* positions, const int* slots, const bf16* table, void* residual, int width,
                              int first, int count, const float* frequency, float* rotation, int half) {
+    wait_for_previous();                         // in this order: no kernel of a step starts before the last step has ended
     let_next_start();
-    wait_for_previous();
     const int row = blockIdx.x, slot = slots[row];
     const int token = slot < 0 ? -1 : tokens[slot] - first;
     const bool here = token >= 0 && token < count;
@@ -31,20 +31,28 @@ __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf1
                                                        float eps, int width) {
     __shared__ float space[32];
     let_next_start();
-    wait_for_previous();
     const int64_t row = (int64_t)blockIdx.x * width;
     float x[kVectors][8], square = 0.f;
+    uint4 w[kVectors], b[kVectors];
+    #pragma unroll
+    for (int n = 0; n < kVectors; ++n) {
+        const int i = threadIdx.x + n * 256;
+        w[n] = b[n] = make_uint4(0, 0, 0, 0);
+        if (i * 8 < width) w[n] = ((const uint4*)weight)[i];
+        if (i * 8 < width && bias) b[n] = ((const uint4*)bias)[i];
+    }
+    wait_for_previous();
     #pragma unroll
     for (int n = 0; n < kVectors; ++n) {
         const int i = (threadIdx.x + n * 256) * 8;
         if (i >= width) break;
         load8<Fp32>(residual, row + i, x[n]);
         if (out) {
-            float a[8], b[8] = {};
+            float a[8], c[8];
             load8<false>(out, row + i, a);
-            if (bias) load8<false>(bias, i, b);
+            unpack(b[n], c);
             #pragma unroll
-            for (int j = 0; j < 8; ++j) x[n][j] = Fp32 ? x[n][j] + (a[j] + b[j]) : rounded(x[n][j] + (a[j] + b[j]));
+            for (int j = 0; j < 8; ++j) x[n][j] = Fp32 ? x[n][j] + (a[j] + c[j]) : rounded(x[n][j] + (a[j] + c[j]));
             store8<Fp32>(residual, row + i, x[n]);
         }
         #pragma unroll
@@ -55,11 +63,11 @@ __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf1
     for (int n = 0; n < kVectors; ++n) {
         const int i = (threadIdx.x + n * 256) * 8;
         if (i >= width) break;
-        float w[8];
-        load8<false>(weight, i, w);
+        float a[8];
+        unpack(w[n], a);
         #pragma unroll
-        for (int j = 0; j < 8; ++j) w[j] *= x[n][j] * scale;
-        store8<false>(y, row + i, w);
+        for (int j = 0; j < 8; ++j) a[j] *= x[n][j] * scale;
+        store8<false>(y, row + i, a);
     }
 }
 

@@ -1,12 +1,15 @@
 // The next token of every row. temperature 0: the largest logit, the lowest id where several are equal. Otherwise the largest of
 // logit / temperature + Gumbel noise (which samples the softmax) among the tokens that top_k and top_p keep; the noise is a hash of
 // (seed, position, token), so it does not depend on the other rows. top_k keeps the k largest logits; top_p the fewest largest
-// of those whose probabilities sum to at least p; equal logits are kept or dropped together. A block has one row, whose bf16
-// logits wait in shared memory; the thresholds are found by bisection over the 16 bits of their order-preserving keys.
+// of those whose probabilities sum to at least p; equal logits are kept or dropped together. A block has one row, or where there are
+// few a cluster of blocks has a part of one each; the bf16 logits wait in shared memory, and the thresholds are found by bisection
+// over the 16 bits of their order-preserving keys.
+#include <cooperative_groups.h>
 #include "decode_common.cuh"
 using namespace decode;
 
 constexpr int kThreads = 1024;
+constexpr int kFewRows = 16, kParts = 8;         // rows that are shared by clusters, of this many blocks
 
 __device__ __forceinline__ uint64_t mix(uint64_t z) {              // the finaliser of splitmix64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -25,15 +28,25 @@ __device__ __forceinline__ uint32_t order(float x) {
     const uint32_t b = __float_as_uint(x);
     return b & 0x80000000u ? ~b : b | 0x80000000u;
 }
-__device__ __forceinline__ uint64_t block_max(uint64_t x, uint64_t* space) {
-    for (int d = 16; d; d /= 2) {
-        const uint64_t other = __shfl_xor_sync(~0u, x, d);
-        x = other > x ? other : x;
-    }
+__device__ __forceinline__ uint16_t from_order(uint32_t x) { return x & 0x8000u ? x & 0x7fffu : ~x; }
+
+// Over a block, then over the parts of a row. Every thread gets the result; the blocks add in the same order.
+template <typename T, typename Join> __device__ __forceinline__ T over_row(T x, T* space, Join join) {
+    for (int d = 16; d; d /= 2) x = join(x, __shfl_xor_sync(~0u, x, d));
     __syncthreads();
     if ((threadIdx.x & 31) == 0) space[threadIdx.x >> 5] = x;
     __syncthreads();
-    for (int i = 0; i < kThreads / 32; ++i) x = space[i] > x ? space[i] : x;
+    x = space[0];
+    for (int i = 1; i < kThreads / 32; ++i) x = join(x, space[i]);
+    const auto cluster = cooperative_groups::this_cluster();
+    const int parts = cluster.num_blocks();
+    if (parts == 1) return x;
+    __syncthreads();
+    if (threadIdx.x == 0) space[0] = x;
+    cluster.sync();
+    x = *cluster.map_shared_rank(space, 0);
+    for (int i = 1; i < parts; ++i) x = join(x, *cluster.map_shared_rank(space, i));
+    cluster.sync();
     return x;
 }
 
@@ -51,46 +64,51 @@ struct Sample {
     int vocab, advance;
 };
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Sample p) {
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ Sample p) {
     extern __shared__ __align__(16) uint16_t logit[];
     __shared__ float space[32];
     __shared__ uint64_t wide[32];
     let_next_start();
     wait_for_previous();
-    const int row = blockIdx.x, slot = p.slots[row];
+    const int parts = cooperative_groups::this_cluster().num_blocks(), part = blockIdx.x % parts;
+    const int row = blockIdx.x / parts, slot = p.slots[row];
     if (slot < 0) return;
+    auto sum = [&](float x) { return over_row(x, space, [](float a, float b) { return a + b; }); };
+    auto maximum = [&](uint64_t x) { return over_row(x, wide, [](uint64_t a, uint64_t b) { return a > b ? a : b; }); };
     const uint4* from = (const uint4*)(p.logits + row * p.stride);
-    for (int i = threadIdx.x; i < (p.vocab + 7) / 8; i += kThreads) ((uint4*)logit)[i] = from[i];
-    __syncthreads();
-    uint64_t best = 0;
-    for (int i = threadIdx.x; i < p.vocab; i += kThreads) {
-        const uint64_t key = (uint64_t)order(logit[i]) << 32 | (uint32_t)~i;
-        best = key > best ? key : best;
-    }
-    best = block_max(best, wide);
-    const float largest = value(logit[(uint32_t)~best]);
-    float mass = 0.f;
-    for (int i = threadIdx.x; i < p.vocab; i += kThreads) mass += __expf(value(logit[i]) - largest);
-    mass = block_sum(mass, space);
+    const int each = ((p.vocab + 7) / 8 + parts - 1) / parts, first = part * each * 8;
+    const int count = max(0, min(each * 8, p.vocab - first));         // of this part: tokens first + i, logits logit[i]
+    for (int i = threadIdx.x; i < (count + 7) / 8; i += kThreads) ((uint4*)logit)[i] = from[part * each + i];
     const float temperature = p.temperature[slot];
     const int k = p.top_k[slot], position = p.positions[slot] + p.advance;
+    __syncthreads();
+    uint64_t best = 0;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t key = (uint64_t)order(logit[i]) << 32 | (uint32_t)~(first + i);
+        best = key > best ? key : best;
+    }
+    best = maximum(best);
+    const float largest = value(from_order((uint32_t)(best >> 32)));
+    float mass = 0.f;
+    for (int i = threadIdx.x; i < count; i += kThreads) mass += __expf(value(logit[i]) - largest);
+    mass = sum(mass);
     if (temperature > 0.f) {
         const float inverse = 1.f / temperature, share = p.top_p[slot];
         uint32_t least = 0;                                        // tokens whose key is at least this are kept
         if (k > 0 && k < p.vocab) {
             for (int bit = 15; bit >= 0; --bit) {
                 const uint32_t trial = least | 1u << bit;
-                float count = 0.f;
-                for (int i = threadIdx.x; i < p.vocab; i += kThreads) count += order(logit[i]) >= trial;
-                if (block_sum(count, space) >= k) least = trial;
+                float above = 0.f;
+                for (int i = threadIdx.x; i < count; i += kThreads) above += order(logit[i]) >= trial;
+                if (sum(above) >= k) least = trial;
             }
         }
         if (share < 1.f) {
             auto above = [&](uint32_t bound) {
-                float sum = 0.f;
-                for (int i = threadIdx.x; i < p.vocab; i += kThreads)
-                    if (order(logit[i]) >= bound) sum += __expf((value(logit[i]) - largest) * inverse);
-                return block_sum(sum, space);
+                float own = 0.f;
+                for (int i = threadIdx.x; i < count; i += kThreads)
+                    if (order(logit[i]) >= bound) own += __expf((value(logit[i]) - largest) * inverse);
+                return sum(own);
             };
             const float wanted = share * above(least);
             uint32_t bound = 0;
@@ -100,18 +118,19 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
         }
         const uint64_t base = mix((uint64_t)p.seeds[slot] ^ mix((uint64_t)position + 0x9E3779B97F4A7C15ull));
         best = 0;
-        for (int i = threadIdx.x; i < p.vocab; i += kThreads) {
+        for (int i = threadIdx.x; i < count; i += kThreads) {
             if (order(logit[i]) < least) continue;
-            const uint64_t key = (uint64_t)order((value(logit[i]) - largest) * inverse + gumbel(base, i)) << 32 | (uint32_t)~i;
+            const uint64_t key = (uint64_t)order((value(logit[i]) - largest) * inverse + gumbel(base, first + i)) << 32
+                                 | (uint32_t)~(first + i);
             best = key > best ? key : best;
         }
-        best = block_max(best, wide);
+        best = maximum(best);
     }
-    if (threadIdx.x == 0) {
-        const int token = (int)~(uint32_t)best;
+    const int token = (int)~(uint32_t)best;
+    if (threadIdx.x == 0 && token >= first && token < first + count) {
         p.tokens[slot] = p.chosen[row] = token;
         p.positions[slot] = position;
-        p.logprob[row] = value(logit[token]) - largest - __logf(mass);
+        p.logprob[row] = value(logit[token - first]) - largest - __logf(mass);
     }
 }
 
@@ -121,5 +140,6 @@ extern "C" int decode_sample(const void* logits, const int* slots, int* tokens, 
     const Sample p{(const uint16_t*)logits, slots, tokens, positions, temperature, top_k, top_p, seeds, chosen, logprob, stride, vocab,
                    advance};
     if (stride % 8) return (int)cudaErrorInvalidValue;
-    return launch(sample_kernel, rows, kThreads, (size_t)(vocab + 7) / 8 * 16, stream, p);
+    const int parts = rows <= kFewRows ? kParts : 1, vectors = ((vocab + 7) / 8 + parts - 1) / parts;
+    return launch_clusters(sample_kernel, parts, rows * parts, kThreads, (size_t)vectors * 16, stream, p);
 }

@@ -4,7 +4,7 @@
 #include "decode_common.cuh"
 using namespace decode;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kFirst = 264;      // blocks that run at once and may have to wait for their input
 
 template <int F, int D>
 __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int* slots, float* kv, float* z, const float* decay,
@@ -14,11 +14,12 @@ __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int
     __shared__ float raw[2 * F], phi_q[Features], phi_k[Features], space[32];
     __shared__ float4 partial[Groups][Columns];
     let_next_start();
-    wait_for_previous();
     const int row = blockIdx.x / heads, head = blockIdx.x % heads, slot = slots[row], thread = threadIdx.x;
-    if (slot < 0) return;
     const bf16* in = x + ((int64_t)row * heads + head) * (2 * F + D);
     const int64_t state = ((int64_t)slot * heads + head) * Features;
+    if (blockIdx.x < kFirst && slot >= 0 && thread == 0) prefetch(kv + state * D, Features * D * 4);
+    wait_for_previous();
+    if (slot < 0) return;
     const int group = thread / Columns, column = thread % Columns;
     float4* own = (float4*)(kv + state * D) + column;
     float4 s[Rows];

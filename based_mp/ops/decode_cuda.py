@@ -20,8 +20,9 @@ __all__ = ["attention_step", "conv_run", "conv_step", "embed", "embed_step", "li
            "rope_run", "rotations", "sample", "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
-MAX_ROWS_LINEAR = 8              # rows that decode_linear multiplies; cuBLAS from there on
-SPLIT_BLOCKS = 528               # blocks of decode_attention wanted at once: four on each multiprocessor of an H100
+MAX_ROWS_LINEAR = 4              # rows that decode_linear takes, with norm, SwiGLU and the residual addition inside
+MAX_ROWS_PRODUCT = 128           # rows that decode_product takes, with SwiGLU inside; cuBLAS from there on
+SPLIT_BLOCKS = 924               # blocks of decode_attention that an H100 runs at once, seven on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
 
@@ -69,17 +70,25 @@ def norm_linear(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_
         else:
             _few_rows(_add_norm(residual, out, bias, norm_weight, eps), weight, y, swiglu=swiglu)
         return y
-    x = F.linear(_add_norm(residual, out, bias, norm_weight, eps), weight)
+    return _many_rows(_add_norm(residual, out, bias, norm_weight, eps), weight, swiglu=swiglu)
+
+
+def _many_rows(x: Tensor, weight: Tensor, *, swiglu: bool = False) -> Tensor:
+    rows, columns = x.shape[0], weight.shape[0]
+    y = weight.new_empty(rows, columns // 2 if swiglu else columns)
+    if rows <= MAX_ROWS_PRODUCT:
+        extension().decode_product(_at(x), _at(weight), _at(y), swiglu, rows, *weight.shape, _stream())
+        return y
+    x = F.linear(x, weight)
     if not swiglu:
         return x
-    y = weight.new_empty(rows, columns // 2)
     extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
     return y
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[0] > MAX_ROWS_LINEAR:
-        return F.linear(x, weight)
+        return _many_rows(x, weight)
     y = weight.new_empty(x.shape[0], weight.shape[0])
     _few_rows(x, weight, y)
     return y
@@ -87,7 +96,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if x.shape[0] > MAX_ROWS_LINEAR:
-        return F.linear(x, weight), bias
+        return _many_rows(x, weight), bias
     _few_rows(x, weight, None, add_to=residual, bias=bias)
     return None, None
 
@@ -113,7 +122,7 @@ def attention_step(x: Tensor, slots: Tensor, positions: Tensor, rotation: Tensor
                    head_dim: int) -> Tensor:
     rows, (heads, capacity, padded) = x.shape[0], keys.shape[1:]
     o = x.new_empty(rows, heads * head_dim)
-    splits = max(1, min(-(-SPLIT_BLOCKS // (rows * heads)), capacity // SPLIT_KEYS))
+    splits = max(1, min(SPLIT_BLOCKS // (rows * heads), capacity // SPLIT_KEYS))
     partial = torch.empty(rows, heads, splits, padded + 2, dtype=torch.float32, device=x.device) if splits > 1 else None
     extension().decode_attention(_at(x), _at(slots), _at(positions), _at(rotation), _at(keys), _at(values),
                                  _at(partial), _at(o), rows, heads, head_dim, padded, rotation.shape[-1], capacity,

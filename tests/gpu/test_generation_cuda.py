@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from based_mp.ops import backends, decode_torch
 from based_mp.ops.reference import taylor_feature_dim
@@ -39,10 +40,10 @@ def error(x, ref):
     return ((x.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("residual", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 300])
-def test_norms_and_products(cuda, rows, residual):
-    for d, f in ((1792, 3584), (72, 200)):
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 30, 50, 128, 300])
+def test_norms_and_products(cuda, rows):
+    """A wide layer, whose products are split over clusters, and a narrow one that fills no tile."""
+    for d, f, residual in ((1792, 3584, torch.bfloat16), (72, 200, torch.bfloat16), (72, 200, torch.float32)):
         x, out, bias, norm = randn(rows, d, dtype=residual), randn(rows, d), randn(d), randn(d).abs()
         fc1, fc2 = randn(2 * f, d) / d**0.5, randn(d, f) / f**0.5
         for pending in ((None, None), (out, None), (out, bias)):
@@ -56,7 +57,7 @@ def test_norms_and_products(cuda, rows, residual):
         assert error(cuda.linear(y, fc2), y.double() @ fc2.double().T) < 4e-3
         product, left = cuda.linear_add(y, fc2, bias, added)
         if product is None:
-            assert left is None and rows <= 8
+            assert left is None and rows <= cuda.MAX_ROWS_LINEAR
             assert error(added, x.double() + y.double() @ fc2.double().T + bias.double()) < 4e-3
         else:
             assert torch.equal(added, x) and error(product, y.double() @ fc2.double().T) < 4e-3
@@ -73,9 +74,8 @@ def test_convolution(cuda, slots, taps):
 
 @pytest.mark.parametrize("d", backends.HEAD_DIMS)
 @pytest.mark.parametrize("f", backends.FEATURE_DIMS)
-@pytest.mark.parametrize("decay", [False, True])
-def test_taylor(cuda, slots, f, d, decay):
-    rows, real = slots
+def test_taylor(cuda, slots, f, d):
+    (rows, real), decay = slots, d % 32 == 0
     kv, z = randn(6, 2, taylor_feature_dim(f), d, dtype=torch.float32), torch.rand(6, 2, taylor_feature_dim(f)).cuda()
     z[..., 0] += 300
     log = torch.tensor([-0.1, -0.02], device="cuda") if decay else None
@@ -135,20 +135,24 @@ def test_sampling(cuda, slots, options):
     (rows, real), same = slots, 0
     logits = randn(4, 50304) * 3
     logits[:, 50257:] = 100
-    for seed in range(20):
+    for seed in range(10):
         torch.manual_seed(seed)
         a = Pool(50257, **options)
         torch.manual_seed(seed)
         b = Pool(50257, **options)
-        (x, p), (y, q) = cuda.sample(logits, a, rows, 1), decode_torch.sample(logits[real], b, rows[real], 1)
+        if seed % 2:                               # a block a row, where few rows have a cluster of blocks each
+            x, p = (t[:4] for t in cuda.sample(logits.repeat(5, 1), a, F.pad(rows, (0, 16), value=-1), 1))
+        else:
+            x, p = cuda.sample(logits, a, rows, 1)
+        y, q = decode_torch.sample(logits[real], b, rows[real], 1)
         same += (x[real] == y).sum().item()
         assert torch.equal(a.positions, b.positions) and (x[real] < 50257).all()
         agree = x[real] == y
         assert (p[real][agree] - q[agree]).abs().max() < 2e-4
-    assert same >= 59
+    assert same >= 29
 
 
-@pytest.fixture(params=["based", "attention"])
+@pytest.fixture(scope="module", params=["based", "attention"])
 def pair(request):
     """The bf16 training module, its inference model, and the same module in fp32."""
     from based_mp.parallel import state
@@ -168,7 +172,7 @@ def pair(request):
 
 def decoded(model, tokens, cut, last):
     """Logits at every position: prefill, single tokens, and a prefill that continues."""
-    pool, slots = model.new_pool(8, tokens.shape[1]), [5, 2, 7][: tokens.shape[0]]
+    pool, slots = model.new_pool(8, tokens.shape[1]), [5, 2, 7]
     pool.reset(slots)
     rows = torch.tensor(slots, dtype=torch.int32, device="cuda")
 
@@ -181,8 +185,7 @@ def decoded(model, tokens, cut, last):
         pool.tokens[rows.long()] = tokens[:, t].int()
         out.append(model.step(pool, rows)[:, None])
         pool.positions[rows.long()] += 1
-    out += [part(last, tokens.shape[1])] if last < tokens.shape[1] else []
-    return torch.cat(out, 1).float(), pool
+    return torch.cat([*out, part(last, tokens.shape[1])], 1).float()
 
 
 def test_as_exact_as_the_full_forward(pair):
@@ -191,7 +194,7 @@ def test_as_exact_as_the_full_forward(pair):
     tokens = torch.randint(0, 120, (3, 400), device="cuda")
     with torch.no_grad():
         truth, full = (m(tokens, torch.zeros_like(tokens), None) for m in (exact, module))
-    got, _ = decoded(model, tokens, 150, 300)
+    got = decoded(model, tokens, 150, 300)
     print(f"relative error: decode {error(got, truth):.2e}, full forward {error(full, truth):.2e}")
     assert error(got, truth) < 1.2 * error(full, truth) + 1e-3
     ours, theirs = ((x.argmax(-1) == truth.argmax(-1)).float().mean().item() for x in (got, full))
@@ -199,17 +202,16 @@ def test_as_exact_as_the_full_forward(pair):
 
 
 def test_long_decoding_does_not_drift(pair):
-    """After 4096 single tokens the states are those of one prefill, and the logits as near to its as at first."""
-    _, model, _ = pair
-    tokens = torch.randint(0, 120, (2, 4096), device="cuda")
-    stepped, a = decoded(model, tokens, 1, 4096)
-    whole, b = decoded(model, tokens, 4096, 4096)
-    first, late = (error(stepped[:, part], whole[:, part]) for part in (slice(256), slice(-256, None)))
-    print(f"relative difference: first {first:.2e}, last {late:.2e}")
-    assert late < 1.3 * first + 2e-3 < 5e-2
-    for x, y in zip(a.buffers, b.buffers, strict=True):
-        for name in x:
-            assert error(x[name], y[name]) < 3e-2, name
+    """The perplexity of 4096 tokens by single steps is that of all at once, and losses part no further with time."""
+    from benchmarks.long_decode import decoded_losses, parallel_losses
+    model = pair[1]
+    tokens = torch.randint(0, 120, (4096,), device="cuda")
+    stepped, whole = decoded_losses(model, tokens), parallel_losses(model, tokens)
+    first, late = ((stepped - whole)[part].square().mean().sqrt().item() for part in (slice(1024), slice(-1024, None)))
+    ratio = (stepped.mean() - whole.mean()).exp().item()
+    print(f"perplexity ratio {ratio:.6f}; losses differ by {first:.2e} at first, {late:.2e} at last")
+    assert abs(ratio - 1) < 1e-3
+    assert 0 < first < 5e-2 and late < 1.3 * first + 2e-3
 
 
 def run(model, graphs, slots=8):
