@@ -212,6 +212,8 @@ def worker(spec: Path, cpu: bool) -> None:
     from based_mp.training.engine import import_deepspeed
     state.quiet_imports()
     device = "cpu" if cpu else "cuda"
+    if not cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import_deepspeed(torch.device(device))
     if not cpu:
         import based_mp.training.loop  # noqa: F401    (without a GPU the processes must have met before)
@@ -585,7 +587,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1200, metavar="SECONDS", help="end after this time")
     parser.add_argument("--quick", action="store_true", help="no attention_1.3b, 12 steps a row")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--cpu", type=int, metavar="PROCESSES", help="tiny models on CPU processes: a check of this file")
+    parser.add_argument("--cpu", type=int, metavar="PROCESSES", help="tiny models on CPU processes")
     parser.add_argument("--nodes", type=int, default=16, help="of 8 GPUs, for the estimate")
     parser.add_argument("--network", type=float, default=3200, metavar="GBIT/S", help="of a node, for the estimate")
     parser.add_argument("--network-efficiency", type=float, default=0.8, help="share of it that collectives reach")
