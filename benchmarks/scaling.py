@@ -517,11 +517,11 @@ def estimated(one_gpu_seconds: float, communication_seconds: float, overlapped: 
     """A data-parallel ZeRO-1 step on `gpus` GPUs of many nodes, from parts measured on `measured_gpus` of one node.
 
     one_gpu_seconds: a step of one GPU (compute, and the whole optimizer, which ZeRO shards); communication_seconds and
-    overlapped: NCCL's time a step and its hidden share. A ring moves (n − 1)/n of 2 × 4 bytes a parameter (fp32
-    gradients, all-reduced) and of 2 bytes (bf16 weights, gathered). The bandwidth is the measured one, or `network`
+    overlapped: NCCL's time a step and its hidden share. A ring moves (n − 1)/n of 2 × 2 bytes a parameter (DeepSpeed
+    all-reduces gradients in bf16, once a step) and of 2 bytes (bf16 weights, gathered). The bandwidth is the measured one, or `network`
     (bytes/s of a node's adapters together, as every ring leaves a node through one of them) where that is less.
     """
-    moved = lambda n: (n - 1) / n * parameters * (2 * 4 + 2)  # noqa: E731
+    moved = lambda n: (n - 1) / n * parameters * (2 * 2 + 2)  # noqa: E731
     measured = moved(measured_gpus) / communication_seconds
     communication = moved(gpus) / min(measured, network)
     seconds = one_gpu_seconds + communication * (1 - overlapped)

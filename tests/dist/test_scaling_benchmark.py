@@ -73,7 +73,7 @@ def test_every_row_of_the_plan_can_start(tmp_path, gpus):
         batches.setdefault((case.kind, case.config), []).append(
             config.training.global_batch_size / (case.processes if case.kind == "speed" else 1))
     assert all(len(set(sizes)) == 1 for sizes in batches.values())
-    assert len(cases) == (4 if gpus == 1 else 16) and all(len({(c.processes, c.tp) for c in g}) == 1 for g in groups)
+    assert len(cases) == (4 if gpus == 1 else 15) and all(len({(c.processes, c.tp) for c in g}) == 1 for g in groups)
 
 
 def test_verdicts(report):
@@ -115,17 +115,17 @@ def test_overlap_and_estimate(report, capsys):
     kernels = [("ncclDevKernel_AllReduce", 0, 10_000), ("gemm", 5_000, 8_000), ("add", 7_000, 12_000),
                ("ncclDevKernel_AllGather", 20_000, 30_000)]
     assert scaling.overlap(kernels) == {"communication_ms": 20, "compute_ms": 7, "overlapped": 0.25}
-    # 1/2 × 100M × 10 bytes in 5 ms are 100 GB/s; 127/128 of 1 GB at 50 GB/s are 19.84 ms, half of it hidden.
+    # 1/2 × 100M × 6 bytes in 5 ms are 60 GB/s; 127/128 of 0.6 GB at 50 GB/s are 11.9 ms, half of it hidden.
     parts = scaling.estimated(0.1, 0.005, 0.5, 2, 100_000_000, 128, 50e9)
-    assert parts["ring_bytes_per_second"] == pytest.approx(100e9)
-    assert parts["communication_seconds"] == pytest.approx(0.01984375)
-    assert parts["step_seconds"] == pytest.approx(0.109921875)
+    assert parts["ring_bytes_per_second"] == pytest.approx(60e9)
+    assert parts["communication_seconds"] == pytest.approx(0.01190625)
+    assert parts["step_seconds"] == pytest.approx(0.105953125)
     report.solo["speed based_360m"] = {"seconds_a_step": 0.1, "tokens_per_second_per_gpu": 1000}
     report.record["rows"] = [{
         "stage": "speed", "configuration": "based_360m", "tensor_parallel": 1, "zero_stage": 1, "processes": 2,
         "parameters": 100_000_000, "communication": {"communication_ms": 5.0, "compute_ms": 90, "overlapped": 0.5}}]
     scaling.estimates(report, 16, 400, 1.0)
-    assert "20 ms of communication at 50 GB/s, 910 tokens/s a GPU = 0.910" in capsys.readouterr().out
+    assert "12 ms of communication at 50 GB/s, 944 tokens/s a GPU = 0.944" in capsys.readouterr().out
 
 
 def test_no_gpu_is_one_sentence(monkeypatch):
