@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -205,8 +206,15 @@ def run_group(place: Place, cases: list[Case], started: tuple[Job, Path], end: f
             return
 
 
+def end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def worker(spec: Path, cpu: bool) -> None:
     """The processes of a group: every case in turn, its result a line of rank 0."""
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     cases = [Case(**case) for case in json.loads(spec.read_text())]
     from based_mp.parallel import state
     from based_mp.training.engine import import_deepspeed
@@ -217,10 +225,8 @@ def worker(spec: Path, cpu: bool) -> None:
     import_deepspeed(torch.device(device))
     if not cpu:
         import based_mp.training.loop  # noqa: F401    (without a GPU the processes must have met before)
-    parent, go = os.getppid(), spec.with_suffix(".go")
+    go = spec.with_suffix(".go")
     while not go.exists() or not go.read_text():
-        if os.getppid() != parent:
-            return
         time.sleep(0.05)
     end = float(go.read_text())
     try:
@@ -518,8 +524,8 @@ def estimated(one_gpu_seconds: float, communication_seconds: float, overlapped: 
 
     one_gpu_seconds: a step of one GPU (compute, and the whole optimizer, which ZeRO shards); communication_seconds and
     overlapped: NCCL's time a step and its hidden share. A ring moves (n − 1)/n of 2 × 2 bytes a parameter (DeepSpeed
-    all-reduces gradients in bf16, once a step) and of 2 bytes (bf16 weights, gathered). The bandwidth is the measured one, or `network`
-    (bytes/s of a node's adapters together, as every ring leaves a node through one of them) where that is less.
+    all-reduces gradients in bf16, once a step) and of 2 bytes (bf16 weights, gathered). The bandwidth is the measured
+    one, or `network` (bytes/s of a node's adapters together: every ring leaves a node through one of them) if less.
     """
     moved = lambda n: (n - 1) / n * parameters * (2 * 2 + 2)  # noqa: E731
     measured = moved(measured_gpus) / communication_seconds
@@ -560,7 +566,7 @@ def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
     layouts = [(1, 1, 1)] + ([(n, 1, 1), (n, 1, 2), (n, 2, 1)] if n > 1 else [])       # processes, TP, ZeRO
     if "equality" in stages:
         size = [*TINY, "model.vocab_size=2048"] if cpu else SIX_LAYERS
-        arguments = overrides(data, cache, 20, 64 if cpu else 1024, 2, 8, *size)
+        arguments = overrides(data, cache, 20, 32 if cpu else 1024, 2, 4 if cpu else 8, *size)
         cases += [Case("equality", "based_360m", *layout, 8, arguments) for layout in layouts]
     if "checkpoint" in stages and n > 1:
         cases += [Case("generate", "6 layers, d_model 512", processes, tp, 1, 5, [])
