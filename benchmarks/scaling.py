@@ -92,6 +92,11 @@ class Place:
     cpu: bool
     end: float
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """After which the small model is saved: the one it is gone on from, and the last."""
+        return (4, 6) if self.cpu else (40, 60)
+
     def environment(self, gpus: int) -> dict[str, str]:
         """Of a process that sees the first `gpus` of the GPUs (all that this process sees come in their order)."""
         path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
@@ -382,12 +387,13 @@ def own_text(prefix: Path) -> None:
 
 
 def pretrain(place: Place, directory: str, tp: int) -> Job:
-    """launch/pretrain.py on all GPUs: 60 steps of a small model on this repository's text, saved after 40 and 60."""
+    """launch/pretrain.py on all GPUs: a small model on this repository's text, saved at `place.steps`."""
     from based_mp.parallel.state import _free_port
     size = [*TINY, "model.vocab_size=257"] if place.cpu else SMALL
-    arguments = overrides(str(place.folder / "text"), str(place.folder / "cache"), 60, 64 if place.cpu else 512, 2,
-                          max(8, place.gpus), *size, f"checkpoint.dir={place.folder / directory}",
-                          "checkpoint.interval=40", f"parallel.tensor_parallel_size={tp}",
+    saved, last = place.steps
+    arguments = overrides(str(place.folder / "text"), str(place.folder / "cache"), last, 32 if place.cpu else 512, 2,
+                          4 if place.cpu else 8, *size, f"checkpoint.dir={place.folder / directory}",
+                          f"checkpoint.interval={saved}", f"parallel.tensor_parallel_size={tp}",
                           f"parallel.sequence_parallel={'true' if tp > 1 else 'false'}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(place.gpus),
                "--master_addr", "127.0.0.1", "--master_port", str(_free_port()), "launch/pretrain.py", "--config",
@@ -401,20 +407,21 @@ def losses(job: Job) -> dict[int, float]:
     return {int(m[1]): float(m[2]) for m in found if m}
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> float:
-    """Largest |Δ loss| of steps 41 to 60. Raises ValueError where one is missing."""
-    missing = [step for step in range(41, 61) if step not in ours or step not in theirs]
-    if missing or min(ours) != 41:
-        raise ValueError(f"steps {min(ours, default=None)} to {max(ours, default=None)} were run, not 41 to 60")
-    return max(abs(ours[step] - theirs[step]) for step in range(41, 61))
+def difference(ours: dict[int, float], theirs: dict[int, float], saved: int, last: int) -> float:
+    """Largest |Δ loss| of the steps after `saved`. Raises ValueError where `ours` are not exactly those."""
+    if sorted(ours) != list(range(saved + 1, last + 1)) or not ours.keys() <= theirs.keys():
+        raise ValueError(f"steps {min(ours, default=None)} to {max(ours, default=None)} were run, not {saved + 1} to "
+                         f"{last}")
+    return max(abs(ours[step] - theirs[step]) for step in ours)
 
 
 def resume_and_reshard(place: Place, straight: dict[int, float], report: Report) -> None:
-    """Go on from step 40 in the layout that saved it; reshard it and go on without tensor parallelism."""
-    dp = place.gpus // 2
+    """Go on from the older checkpoint in the layout that saved it; reshard it and go on without tensor parallelism."""
+    (saved, last), dp = place.steps, place.gpus // 2
+    name = f"step_{saved:08d}"
     for folder in ("resumed", "source"):
-        shutil.copytree(place.folder / "straight/step_00000040", place.folder / folder / "step_00000040")
-        (place.folder / folder / "latest").write_text("step_00000040")
+        shutil.copytree(place.folder / "straight" / name, place.folder / folder / name)
+        (place.folder / folder / "latest").write_text(name)
     resumed = pretrain(place, "resumed", 2)
     convert = Job([[sys.executable, "launch/convert.py", "reshard", "--checkpoint", str(place.folder / "source"),
                     "--output", str(place.folder / "resharded")]],
@@ -429,8 +436,8 @@ def resume_and_reshard(place: Place, straight: dict[int, float], report: Report)
         try:
             if failed:
                 raise ValueError(failed)
-            row["loss_difference"] = difference(losses(job), straight)
-            report.add(row, f"largest |Δ loss| of steps 41–60 {row['loss_difference']:.4f} (printed to 4 decimals)",
+            row["loss_difference"] = difference(losses(job), straight, saved, last)
+            report.add(row, f"largest |Δ loss| of steps {saved + 1}–{last} {row['loss_difference']:.4f} (printed to 4 decimals)",
                        row["loss_difference"] <= limit * 1.01)
         except ValueError as problem:
             report.add(row | {"error": str(problem)})
@@ -639,8 +646,9 @@ def run(args: argparse.Namespace, place: Place, report: Report) -> None:
             straight = losses(job)
             row = {"stage": "checkpoint", "configuration": "6 layers, d_model 512",
                    "layout": f"TP 2 × DP {place.gpus // 2}, ZeRO-1"}
-            report.add(row | ({"error": error} if error else {}),
-                       f"60 steps, loss {straight.get(1, 0):.4f} → {straight.get(60, 0):.4f}, saved after 40 and 60")
+            saved, last = place.steps
+            report.add(row | ({"error": error} if error else {}), f"loss {straight.get(1, 0):.4f} → "
+                       f"{straight.get(last, 0):.4f}, saved after steps {saved} and {last}")
             checkpoints = error is None
         for cases, group in zip(groups, started, strict=True):
             end = min(place.end - RESERVE * checkpoints, time.time() + START + 2 * sum(case.seconds for case in cases))

@@ -103,13 +103,13 @@ def test_verdicts(report):
 
 
 def test_losses_of_a_resumed_run():
-    straight = {step: 1.0 for step in range(1, 61)}
-    resumed = {step: 1.0 for step in range(41, 61)}
-    assert scaling.difference(resumed, straight) == 0
-    assert scaling.difference(resumed | {50: 1.25}, straight) == 0.25
-    for wrong in (straight, {41: 1.0}, {}):
+    straight = {step: 1.0 for step in range(1, 7)}
+    resumed = {5: 1.0, 6: 1.0}
+    assert scaling.difference(resumed, straight, 4, 6) == 0
+    assert scaling.difference(resumed | {5: 1.25}, straight, 4, 6) == 0.25
+    for wrong in (straight, {5: 1.0}, {}):
         with pytest.raises(ValueError):
-            scaling.difference(wrong, straight)
+            scaling.difference(wrong, straight, 4, 6)
 
 
 def test_overlap_and_estimate(report, capsys):
