@@ -437,8 +437,8 @@ def resume_and_reshard(place: Place, straight: dict[int, float], report: Report)
             if failed:
                 raise ValueError(failed)
             row["loss_difference"] = difference(losses(job), straight, saved, last)
-            report.add(row, f"largest |Δ loss| of steps {saved + 1}–{last} {row['loss_difference']:.4f} (printed to 4 decimals)",
-                       row["loss_difference"] <= limit * 1.01)
+            report.add(row, f"largest |Δ loss| of steps {saved + 1}–{last} {row['loss_difference']:.4f}, of 4 decimals "
+                       "printed", row["loss_difference"] <= limit * 1.01)
         except ValueError as problem:
             report.add(row | {"error": str(problem)})
 
