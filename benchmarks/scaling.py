@@ -26,6 +26,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -111,9 +112,12 @@ class Place:
 class Job:
     """Processes with one output each, none of which outlives `stop`."""
 
+    started: list[Job] = []
+
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]], log: Path) -> None:
         self.logs = [log.with_suffix(f".{i}") for i in range(len(commands))]
         self.processes = []
+        Job.started.append(self)
         for command, env, file in zip(commands, environments, self.logs, strict=True):
             with open(file, "w") as output:
                 self.processes.append(subprocess.Popen(command, env=env, cwd=REPO, stdout=output,
@@ -144,6 +148,8 @@ class Job:
 
     def stop(self) -> None:
         for process in self.processes:
+            if process.poll() is not None:
+                continue
             try:
                 tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
             except psutil.NoSuchProcess:
@@ -183,7 +189,7 @@ def run_group(place: Place, cases: list[Case], started: tuple[Job, Path], end: f
     (job, go), left = started, list(cases)
     while left:
         go.write_text(str(end))
-        read, error = 0, None
+        read, error, since = 0, None, time.time()
         while left and error is None:
             state = job.state()                     # before reading: a result may be written between the two
             results = [json.loads(line[len(RESULT):]) for line in job.lines() if line.startswith(RESULT)]
@@ -191,13 +197,13 @@ def run_group(place: Place, cases: list[Case], started: tuple[Job, Path], end: f
                 if "error" in result:
                     error = result["error"]
                     break
-                read += 1
+                read, since = read + 1, time.time()
                 yield left.pop(0), result
             if left and error is None:
                 if state != "running":
                     error = job.complaint() or "the processes ended without a result"
-                elif time.time() > end + GRACE:
-                    error = f"killed: not over {GRACE} s after its time\n{job.complaint()}"
+                elif time.time() > min(end + GRACE, since + START + 4 * left[0].seconds):
+                    error = f"killed after {time.time() - since:.0f} s: {job.complaint()}"
                 time.sleep(0.1)
         if not left:
             job.wait(time.time() + 5)
@@ -225,6 +231,7 @@ def worker(spec: Path, cpu: bool) -> None:
     from based_mp.training.engine import import_deepspeed
     state.quiet_imports()
     device = "cpu" if cpu else "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", device)
     if not cpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import_deepspeed(torch.device(device))
@@ -575,9 +582,6 @@ def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
         size = [*TINY, "model.vocab_size=2048"] if cpu else SIX_LAYERS
         arguments = overrides(data, cache, 20, 32 if cpu else 1024, 2, 4 if cpu else 8, *size)
         cases += [Case("equality", "based_360m", *layout, 8, arguments) for layout in layouts]
-    if "checkpoint" in stages and n > 1:
-        cases += [Case("generate", "6 layers, d_model 512", processes, tp, 1, 5, [])
-                  for processes, tp in ((1, 1), (n, 2))]
     if "speed" in stages:
         rows = [("based_360m", 1, 1), ("based_360m", 1, 2), ("based_360m", 2, 1), ("based_1.3b", 1, 1),
                 ("based_1.3b", 2, 1)]
@@ -591,6 +595,11 @@ def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
                     case = Case("speed", config, processes, tp, zero, 8 if "360m" in config else 16, arguments, steps,
                                 processes > 1)
                     cases += [case] if case not in cases else []
+    if "checkpoint" in stages and n > 1:
+        cases += [Case("generate", "6 layers, d_model 512", processes, tp, 1, 5, [])
+                  for processes, tp in ((1, 1), (n, 2))]
+    if cpu:
+        cases = [dataclasses.replace(case, seconds=60) for case in cases]
     keys = sorted({(case.processes, case.tp) for case in cases})
     return [[case for case in cases if (case.processes, case.tp) == key] for key in keys]
 
@@ -610,6 +619,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, bool(args.cpu))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: asked to stop"))
     gpus = args.cpu or torch.cuda.device_count()
     if gpus not in (1, 2, 4, 8):
         raise SystemExit(f"error: {gpus} GPUs: needs 1, 2, 4 or 8 (CUDA_VISIBLE_DEVICES chooses), or --cpu 2")
@@ -633,15 +643,12 @@ def run(args: argparse.Namespace, place: Place, report: Report) -> None:
     synthetic(place.folder / "synthetic", 200_000 if place.cpu else 8_000_000, 2048 if place.cpu else 50257)
     groups = plan(place, args.stages, args.quick)
     checkpoints = "checkpoint" in args.stages and place.gpus > 1
-    jobs: list[Job] = []
     straight: dict[int, float] = {}
     try:
         started = [launched(place, cases, f"group_{i}") for i, cases in enumerate(groups)]     # all import at once
-        jobs += [job for job, _ in started]
         if checkpoints:
             own_text(place.folder / "text")
             job = pretrain(place, "straight", 2)
-            jobs.append(job)
             error = job.wait(place.end)
             straight = losses(job)
             row = {"stage": "checkpoint", "configuration": "6 layers, d_model 512",
@@ -657,7 +664,7 @@ def run(args: argparse.Namespace, place: Place, report: Report) -> None:
         if checkpoints:
             resume_and_reshard(place, straight, report)
     finally:
-        for job in jobs:
+        for job in Job.started:
             job.stop()
     estimates(report, args.nodes, args.network, args.network_efficiency)
     print(f"{time.time() - began:.0f} s of {args.budget:g}", flush=True)

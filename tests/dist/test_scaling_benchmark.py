@@ -40,7 +40,7 @@ def test_rows_failures_and_the_budget(place, report, monkeypatch, capsys):
             for case, result in scaling.run_group(place, group, start, place.end):
                 report.case(case, result)
     finally:
-        for job, _ in started:
+        for job in scaling.Job.started:
             job.stop()
     first, equal, failed, also, skipped = report.record["rows"]
     assert len(first["losses"]) == 6 and first["losses"][-1] < first["losses"][0] - 0.1
