@@ -444,7 +444,7 @@ def resume_and_reshard(place: Place, straight: dict[int, float], report: Report)
             if failed:
                 raise ValueError(failed)
             row["loss_difference"] = difference(losses(job), straight, saved, last)
-            report.add(row, f"largest |Δ loss| of steps {saved + 1}–{last} {row['loss_difference']:.4f}, of 4 decimals "
+            report.add(row, f"largest Δ loss of steps {saved + 1}–{last} {row['loss_difference']:.4f}, of 4 decimals "
                        "printed", row["loss_difference"] <= limit * 1.01)
         except ValueError as problem:
             report.add(row | {"error": str(problem)})
@@ -496,7 +496,7 @@ class Report:
         row["loss_difference"] = max(abs(a - b) for a, b in zip(row["losses"], one["losses"], strict=True))
         row["norm_difference"] = max(abs(a - b) / b for a, b in zip(row["norms"], one["norms"], strict=True))
         ok = row["loss_difference"] < TOLERANCE and row["norm_difference"] < TOLERANCE and not row["unequal_replicas"]
-        self.add(row, f"|Δ loss| {row['loss_difference']:.1e}, relative |Δ norm| {row['norm_difference']:.1e}, {text}",
+        self.add(row, f"Δ loss {row['loss_difference']:.1e}, relative Δ norm {row['norm_difference']:.1e}, {text}",
                  ok)
 
     def _speed(self, case: Case, row: dict[str, Any]) -> None:
