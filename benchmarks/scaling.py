@@ -310,15 +310,12 @@ def initial_weights(settings: Any, folder: Path) -> Path:
 
     One GPU, which comes first, writes it.
     """
-    from based_mp.export import import_safetensors, to_reference
     from based_mp.model.based_model import build_model
     from based_mp.training import checkpoint as ckpt
     directory = folder / "initial"
     if not directory.exists() and settings.parallel.tensor_parallel_size == torch.distributed.get_world_size() == 1:
-        from safetensors.torch import save_file
         state = {name: value.detach().cpu() for name, value in build_model(settings).named_parameters()}
-        save_file(to_reference(state, settings.model), folder / "initial.safetensors")
-        import_safetensors(folder / "initial.safetensors", settings, directory)
+        ckpt.save_weights(state, settings, directory)
     return ckpt.resolve(directory)
 
 
@@ -599,7 +596,7 @@ def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
         cases += [Case("generate", "6 layers, d_model 512", processes, tp, 1, 5, [])
                   for processes, tp in ((1, 1), (n, 2))]
     if cpu:
-        cases = [dataclasses.replace(case, seconds=60) for case in cases]
+        cases = [dataclasses.replace(case, seconds=30) for case in cases]
     keys = sorted({(case.processes, case.tp) for case in cases})
     return [[case for case in cases if (case.processes, case.tp) == key] for key in keys]
 

@@ -17,7 +17,7 @@ LATER = 1e10
 
 @pytest.fixture
 def place(tmp_path):
-    return scaling.Place(tmp_path, 2, True, time.time() + 200)
+    return scaling.Place(tmp_path, 2, True, time.time() + 225)
 
 
 @pytest.fixture
