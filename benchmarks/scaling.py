@@ -248,11 +248,11 @@ def worker(spec: Path, cpu: bool) -> None:
             torch.distributed.broadcast_object_list(fits, src=0, device=ranks.device)
             result = run_case(case, ranks, spec.parent) if fits[0] else {"skipped": "no time left"}
             if ranks.rank == 0:
-                print(RESULT + json.dumps(result), flush=True)
+                print("\n" + RESULT + json.dumps(result), flush=True)
     except BaseException as error:
         text = "out of GPU memory" if isinstance(error, torch.cuda.OutOfMemoryError) else \
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(RESULT + json.dumps({"error": text}), flush=True)
+        print("\n" + RESULT + json.dumps({"error": text}), flush=True)
         import traceback
         traceback.print_exc()
         sys.stdout.flush()
