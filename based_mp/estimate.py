@@ -88,11 +88,15 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
 
     A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (not under
     selective recomputation), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's
-    input, and one whole layer.
+    input, and one whole layer. The systems that BASED is compared with are counted roughly: fp32 as two values, spectra
+    of long convolutions as four, GLA and RWKV with flash-linear-attention.
     """
     d, h = model.d_model, model.num_heads
+    keys, values = d * model.gla.expand_k, d * model.gla.expand_v
     mixing = {"gated_conv": (4 * d, 2 * d), "linear_attention": (h * (2 * model.feature_dim + 2 * model.head_dim), 0),
-              "sliding_attention": (4 * d, 0), "softmax_attention": (4 * d, 0)}
+              "sliding_attention": (4 * d, 0), "softmax_attention": (4 * d, 0),
+              "gla": (5 * keys + 4 * values, 0), "rwkv": (16 * d, 0), "h3": (22 * d, 0), "hyena": (18 * d, 0),
+              "mamba": (model.mamba.expand * d * (15 + model.mamba.d_state / 8), 0)}
     layers = []
     for kind in model.mixers:
         kept, cheap = mixing[kind]

@@ -40,16 +40,16 @@ def corpora(paths: list[str], batch_tokens: int) -> list[dict[str, object]]:
     sizes = {prefix: len(IndexedDataset(prefix).data) for prefix in prefixes if Path(prefix + ".idx").exists()}
     kept = {prefix: size for prefix, size in sizes.items() if size > batch_tokens}
     if not kept:
-        sys.exit(f"error: none of {len(prefixes)} validation corpora has the {batch_tokens} tokens of one batch")
+        sys.exit(f"error: none of {len(prefixes)} validation corpora has the {batch_tokens} tokens of its batches")
     for prefix in sorted(set(sizes) - set(kept)):
-        print(f"{prefix} has {sizes[prefix]} tokens, less than one batch: left out")
+        print(f"{prefix} has {sizes[prefix]} tokens, fewer than its batches: left out")
     return [{"path": prefix, "weight": float(size)} for prefix, size in kept.items()]
 
 
 def train(name: str, config: str, a: argparse.Namespace, folder: Path) -> None:
     """One run, as any other is started."""
     overrides = {
-        "data.train": [{"path": a.train}], "data.valid": corpora(a.valid, a.batch * a.seq_length),
+        "data.train": [{"path": a.train}], "data.valid": corpora(a.valid, a.valid_batches * a.batch * a.seq_length),
         "data.cache_dir": str(folder / "cache"), "training.steps": a.steps, "training.seq_length": a.seq_length,
         "training.micro_batch_size": a.batch, "training.global_batch_size": a.batch,
         "optimizer.warmup_steps": max(a.steps // 10, 1), "optimizer.lr": a.lr, "optimizer.min_lr": a.lr / 10,
@@ -103,11 +103,11 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--validations", type=int, default=4)
-    parser.add_argument("--valid-batches", type=int, default=2, help="batches of every corpus and validation")
+    parser.add_argument("--valid-batches", type=int, default=1, help="batches of every corpus and validation")
     parser.add_argument("--rare-below", type=int, default=10, help="times in the training corpus")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     a = parser.parse_args()
-    names = [Path(str(c["path"])).name for c in corpora(a.valid, a.batch * a.seq_length)]
+    names = [Path(str(c["path"])).name for c in corpora(a.valid, a.valid_batches * a.batch * a.seq_length)]
     results, figure = {}, plt.figure(figsize=(10, 4.5))
     panels = figure.subplots(1, 2)
     for system in a.system:

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of results.jsonl, table.md and frontier.png")
     parser.add_argument("--plot-setting", help="LENGTHxPAIRS of the figure; default the hardest training setting")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
+    parser.add_argument("--report", action="store_true", help="table and figure of the finished runs; start nothing")
     a = parser.parse_args()
     from based_mp.evaluation import recall_report, recall_sweep
     sweep = recall_sweep.load_sweep(a.config)
@@ -37,7 +38,10 @@ def main() -> None:
     tested = [f"{test.length}x{test.pairs}" for test in sweep.test]
     if setting not in tested:
         raise UserError(f"{setting} is not tested by {a.config}: give --plot-setting one of {', '.join(tested)}")
-    records = recall_sweep.run_sweep(sweep, a.output / "results.jsonl")
+    results = a.output / "results.jsonl"
+    records = recall_sweep.finished(sweep, results) if a.report else recall_sweep.run_sweep(sweep, results)
+    if not records:
+        raise UserError(f"{results} has no run of this sweep yet: leave out --report")
     table = recall_report.table(records)
     (a.output / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)

@@ -123,6 +123,19 @@ def check_rope(device="cpu", scale=1):
             assert max([*errors, error(got, truth)]) < LIMITS[dtype], errors
 
 
+def check_selective_scan(device="cpu", scale=1):
+    from based_mp.ops import recurrences
+    from based_mp.ops.fused.selective_scan import selective_scan
+    for dtype in LIMITS:
+        for steps, batch, width, n in [(1, 1, 1, 2), (33, 2, 5, 4), (70 * scale, 1, 8 * scale, 16)]:
+            x, b, c = (randn(steps, batch, size, dtype=dtype, device=device) for size in (width, n, n))
+            delta, a, initial = (randn(*shape, dtype=torch.float32, device=device)
+                                 for shape in ((steps, batch, width), (width, n), (batch, width, n)))
+            # What underflows has no relative error: decays stay above e^-3 a token.
+            inputs = [x, delta.sigmoid(), -3 * a.sigmoid(), b, c, initial]
+            compare(selective_scan, recurrences.selective_scan, inputs, LIMITS[dtype])
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)

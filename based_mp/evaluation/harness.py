@@ -164,6 +164,16 @@ def library_task(name: str, path: str | Path) -> Task:
     return task
 
 
+def interval(value: float, error: float, documents: int | None) -> list[float]:
+    """95%: Wilson's for a share of `documents`, else value ± 1.96 standard errors."""
+    if documents is None:
+        return [value - 1.96 * error, value + 1.96 * error]
+    z = 1.96
+    middle = (value + z * z / (2 * documents)) / (1 + z * z / documents)
+    half = z / (1 + z * z / documents) * math.sqrt(value * (1 - value) / documents + z * z / (4 * documents**2))
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
+
+
 def evaluate(model: HarnessModel, tasks: dict[str, str], *, limit: int | None = None) -> dict[str, Any]:
     """Run tasks, each on its file. Returns results by task (metrics with standard errors and 95% intervals, documents,
     file) and the harness's version, since scores differ between versions. Raises UserError.
@@ -183,7 +193,9 @@ def evaluate(model: HarnessModel, tasks: dict[str, str], *, limit: int | None = 
             error = values.get(f"{metric}_stderr,{kind}")
             metrics[metric] = {"value": value}
             if isinstance(error, (int, float)) and math.isfinite(error):
-                metrics[metric] |= {"stderr": error, "ci95": [value - 1.96 * error, value + 1.96 * error]}
+                scores = {sample.get(metric) for sample in found["samples"][name]}
+                counted = len(found["samples"][name]) if scores <= {0, 1} else None
+                metrics[metric] |= {"stderr": error, "ci95": interval(value, error, counted)}
         out["tasks"][name] = {"metrics": metrics, "documents": len(found["samples"][name]), "file": str(path),
                               "version": found["versions"].get(name), "samples": found["samples"][name]}
     return out

@@ -50,14 +50,14 @@ def frontier(records: list[dict[str, Any]], setting: str, path: Path) -> None:
     points: dict[str, list[tuple[int, float, str]]] = {}
     for row in best_runs(records):
         points.setdefault(row["family"], []).append((row["state_bytes"][length], row["accuracy"][setting], row["size"]))
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
     for family, values in points.items():
         values.sort()
         axes.plot([v[0] for v in values], [v[1] for v in values], marker="o", label=family)
     axes.set(xscale="log", xlabel=f"bytes of generation state at {length} tokens",
              ylabel=f"accuracy, {pairs} pairs in {length} tokens", ylim=(-0.03, 1.03))
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -16,8 +16,9 @@ import yaml
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from based_mp.config import ModelConfig, NumberLoader, Positive, Section, one_sentence
+from based_mp.config import ModelConfig, NumberLoader, one_sentence
 from based_mp.errors import UserError
+from based_mp.systems import Positive, Section, Seed
 
 
 class TrainSetting(Section):
@@ -54,7 +55,7 @@ class Sweep(Section):
     train: list[TrainSetting]
     test: list[TestSetting]
     learning_rates: list[float]
-    seeds: list[int] = [0]
+    seeds: list[Seed] = [0]
     steps: Positive
     warmup_steps: Positive = 100
     batch_tokens: Positive = 16384
@@ -128,8 +129,8 @@ def run_sweep(sweep: Sweep, results: Path) -> list[dict[str, Any]]:
 
     A run is known by everything that determines it. Raises UserError at the end where runs failed.
     """
-    wanted = {json.dumps([run, recipe_of(sweep, run)], sort_keys=True): run for run in sweep.runs()}
-    done = {record["key"]: record for record in read_results(results) if record["key"] in wanted}
+    wanted = _wanted(sweep)
+    done = {record["key"]: record for record in finished(sweep, results)}
     todo = [key for key in wanted if key not in done]
     failures: list[str] = []
     if todo:
@@ -153,6 +154,16 @@ def run_sweep(sweep: Sweep, results: Path) -> list[dict[str, Any]]:
         raise UserError(f"{len(failures)} of {len(todo)} runs failed, the first with {failures[0]}; what is finished "
                         f"stays in {results}, and the same command tries the rest again")
     return [done[key] for key in wanted if key in done]
+
+
+def _wanted(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    return {json.dumps([run, recipe_of(sweep, run)], sort_keys=True): run for run in sweep.runs()}
+
+
+def finished(sweep: Sweep, results: Path) -> list[dict[str, Any]]:
+    """The runs of this sweep that `results` has, in the sweep's order."""
+    found = {record["key"]: record for record in read_results(results)}
+    return [found[key] for key in _wanted(sweep) if key in found]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from based_mp.errors import UserError
 
-RINGS = ("keys", "values")
+RINGS = ("keys", "values", "past")
 
 
 @dataclass

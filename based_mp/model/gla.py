@@ -12,9 +12,9 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import GLAConfig
 from based_mp.model.mixer import RowMixer, valid_mask
 from based_mp.ops.backends import gated_linear_attention
+from based_mp.systems import GLAConfig
 
 
 @dataclass

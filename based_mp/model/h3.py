@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import H3Config
 from based_mp.model.mixer import RowMixer
 from based_mp.ops.recurrences import accumulation_dtype, causal_conv, long_conv, next_carry
+from based_mp.systems import H3Config
 
 STEPS = 256                                    # tokens that a state takes in at once
 

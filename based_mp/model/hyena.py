@@ -11,9 +11,9 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import HyenaConfig
 from based_mp.model.mixer import RowMixer
 from based_mp.ops.recurrences import accumulation_dtype, causal_conv, long_conv, next_carry
+from based_mp.systems import HyenaConfig
 
 SLOW, FAST, TARGET, SHIFT = 1.5, 0.3, 1e-2, 0.05       # exponential modulation of the filters
 
@@ -23,7 +23,7 @@ class HyenaState:
     """Hyena has no state of constant size: it keeps every input of its long convolution.
 
     carry: last inputs of the short convolution [batch, kernel − 1, 3·channels of this rank];
-    past: [batch, most tokens, channels], by position; length: int64 [batch], tokens seen.
+    past: [batch, 1, most tokens, channels], by position; length: int64 [batch], tokens seen.
     """
 
     carry: Tensor
@@ -102,10 +102,11 @@ class Hyena(RowMixer):
         steps = torch.arange(s, device=u.device)[:, None]
         position = state.length + steps                                                # [s, b]
         inside = steps < lengths
-        state.past[rows.expand(s, b)[inside], position[inside]] = u[inside].to(state.past.dtype)
+        state.past[rows.expand(s, b)[inside], 0, position[inside]] = u[inside].to(state.past.dtype)
         state.length = state.length + lengths
         used = int(state.length.max())
-        past, kernel = state.past[:, :used], self.filters(used, accumulation_dtype(u))
+        seen = torch.arange(used, device=u.device) < state.length[:, None]             # the rest is of older sequences
+        past, kernel = state.past[:, 0, :used] * seen[..., None], self.filters(used, accumulation_dtype(u))
         if s == 1:
             lag = position[0][:, None] - torch.arange(used, device=u.device)           # [b, used]
             taps = kernel[lag.clamp(min=0)] * (lag >= 0)[..., None]
@@ -116,5 +117,5 @@ class Hyena(RowMixer):
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, length: int) -> HyenaState:
         taps, length = self.conv_weight.shape[1] - 1, min(length, self.settings.filter_length)
         return HyenaState(torch.zeros(batch, taps, 3 * self.channels, device=device, dtype=dtype),
-                          torch.zeros(batch, length, self.channels, device=device, dtype=dtype),
+                          torch.zeros(batch, 1, length, self.channels, device=device, dtype=dtype),
                           torch.zeros(batch, dtype=torch.int64, device=device))

@@ -34,9 +34,10 @@ def mixer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
     if kind == "gated_conv":
         return ModuleSpec(module=GatedConv, params={"kernel": model.conv_kernel})
     params = {"settings": getattr(model, kind)}
+    if kind in ("gla", "rwkv", "mamba"):
+        params["kernels"] = model.kernels
     if kind in ("gla", "rwkv"):
         check_kernels(model.kernels)
-        params["kernels"] = model.kernels
     return ModuleSpec(module=SYSTEMS[kind], params=params)
 
 

@@ -15,9 +15,10 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import MambaConfig
 from based_mp.model.mixer import RowMixer, valid_mask
-from based_mp.ops.recurrences import accumulation_dtype, causal_conv, next_carry, selective_scan
+from based_mp.ops.fused.selective_scan import selective_scan
+from based_mp.ops.recurrences import accumulation_dtype, causal_conv, next_carry
+from based_mp.systems import MambaConfig
 
 
 @dataclass
@@ -35,10 +36,11 @@ class Mamba(RowMixer):
     Δ, B and C of the scan are linear in silu(conv(x)); Δ through a low rank.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: None = None, *, settings: MambaConfig,
+    def __init__(self, config: TransformerConfig, submodules: None = None, *, settings: MambaConfig, kernels: str,
                  **kwargs: Any) -> None:
         channels, n, kernel = settings.expand * config.hidden_size, settings.d_state, settings.conv_kernel
         super().__init__(config, submodules, width=2 * channels, out_width=channels, **kwargs)
+        self.kernels = kernels
         self.channels, self.d_state, self.rank = channels // self.tp_size, n, settings.rank(config.hidden_size)
         g = self.generator()
 
@@ -68,7 +70,8 @@ class Mamba(RowMixer):
         if mask is not None:
             delta = delta * mask                                              # Δ = 0 leaves the state as it is
         initial = conv.new_zeros(*conv.shape[1:], self.d_state, dtype=acc) if state is None else state.h
-        y, last = selective_scan(conv, delta, -self.a_log.to(acc).exp(), b, c, initial)
+        y, last = selective_scan(conv, delta, -self.a_log.to(acc).exp(), b, c, initial,
+                                 kernels=self.kernels if state is None else "torch")
         if state is not None:
             state.carry, state.h = next_carry(u, state.carry, lengths), last
         return (y + self.skip.to(acc) * conv).to(x.dtype) * F.silu(z)

@@ -11,10 +11,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from based_mp.config import RWKVConfig
 from based_mp.model.mixer import RowMixer, valid_mask
 from based_mp.ops.backends import gated_linear_attention
 from based_mp.ops.recurrences import accumulation_dtype, next_carry
+from based_mp.systems import RWKVConfig
 
 NAMES = ("r", "k", "v", "g")
 

@@ -105,9 +105,9 @@ def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int
     else:
         torch.cuda.set_device(where)
     if not dist.is_initialized():
+        # No device_id: NCCL would connect each of megatron-core's groups at once, at hundreds of MB of GPU memory each.
         dist.init_process_group("gloo" if where.type == "cpu" else "nccl", rank=rank, world_size=world,
-                                timeout=datetime.timedelta(minutes=timeout_minutes),
-                                device_id=where if where.type == "cuda" else None)
+                                timeout=datetime.timedelta(minutes=timeout_minutes))
     global _store
     _store = dist.distributed_c10d._get_default_store()
     if not parallel_state.model_parallel_is_initialized():

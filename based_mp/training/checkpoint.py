@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,27 @@ def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
     meta = read_meta(checkpoint)
     check_compatible(meta, checkpoint, config, ranks)
     with _all_ranks(f"cannot read the checkpoint {checkpoint}"):
+        _check_bytes(sorted(checkpoint.rglob("*.pt"))[ranks.rank :: ranks.world_size])
+    with _all_ranks(f"cannot read the checkpoint {checkpoint}"):
         path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise RuntimeError("DeepSpeed found no state for this layout")
     return int(client.get("step", meta["step"]))
+
+
+def _check_bytes(files: list[Path]) -> None:
+    """Read what torch.save wrote against its checksums. OSError where bytes are damaged (sizes were checked before).
+
+    The ranks share the files out before any loads its own: DeepSpeed's loading has barriers too.
+    """
+    for file in files:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError):
+            damaged = file.name
+        if damaged:
+            raise OSError(f"the bytes of {file.name} are damaged; write the name of an older checkpoint into {LATEST}")
 
 
 def publish(temporary: Path, final: Path, meta: dict[str, Any]) -> None:

@@ -96,6 +96,8 @@ def test_a_sweep_learns_resumes_and_reports(tmp_path):
     assert (tmp_path / "out" / "frontier.png").read_bytes()[:4] == b"\x89PNG"
     one, two = results.read_text().splitlines()
     results.write_text(f"{one}\n{two[:99]}")                           # killed while it wrote
+    report = sweep(tmp_path, SWEEP, "--report")
+    assert report.returncode == 0 and len(report.stdout.splitlines()) == 3 and "0 runs" not in report.stderr
     again = sweep(tmp_path, SWEEP)
     assert again.returncode == 0
     assert [line for line in again.stdout.splitlines() if "seed=0:" in line] != []       # one run was repeated
@@ -112,6 +114,11 @@ def test_a_sweep_learns_resumes_and_reports(tmp_path):
 def test_mistakes_in_a_sweep_are_one_sentence(tmp_path, change, told):
     result = sweep(tmp_path, SWEEP.replace(change, told))
     assert result.returncode != 0 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    result = sweep(tmp_path, SWEEP, "--report")
+    assert result.returncode != 0 and "leave out --report" in result.stderr
 
 
 def test_failed_runs_are_told_and_the_others_kept(tmp_path):

@@ -79,6 +79,8 @@ def test_oracle_and_silence(task, tmp_path):
                  < 0.5 else "")["metrics"]["contains"]
     low, high = half["ci95"]
     assert 0 < half["value"] < 1 and low < half["value"] < high
+    low, high = oracle["metrics"]["contains"]["ci95"]                      # Wilson: 12 / (12 + 1.96²)
+    assert low == pytest.approx(0.7575, abs=1e-3) and high == 1
 
 
 def test_long_prompts_lose_their_beginning(tmp_path):

@@ -19,7 +19,7 @@ from tests.parity.test_generation import SIZES, prompt_of  # noqa: E402
 import torch  # noqa: E402
 
 results = []
-for name in ("based", "attention"):
+for name in ("based", "attention", "systems"):
     config = tiny_config(model=SIZES[name] | {"init_std": 0.2}, parallel={"tensor_parallel_size": tp})
     module = build_model(config).eval()
     for i, (_, parameter) in enumerate(module.named_parameters()):      # the same weights at every size

@@ -18,5 +18,5 @@ def generate(folder, tp):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_equals_one_process(tmp_path, tp):
     one = generate(tmp_path, 1)
-    assert len(one) == 2 and all(len(tokens) == 24 for greedy, *_ in one for tokens in greedy)
+    assert len(one) == 3 and all(len(tokens) == 24 for greedy, *_ in one for tokens in greedy)
     assert generate(tmp_path, tp) == one

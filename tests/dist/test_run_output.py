@@ -24,6 +24,7 @@ from tests.cpu.test_data_datasets import EOD, write_corpus
 from tests.helpers import REPO, die_with_parent, free_port, run_distributed
 from tests.models import tiny_config
 
+pytestmark = pytest.mark.timeout(300)
 TRAIN = ["train/loss", "train/perplexity", "train/lr", "train/grad_norm", "speed/tokens_per_second_per_gpu",
          "speed/mfu", "memory/gib"]
 VALID = [f"{name}/{kind}" for name in ("valid", "valid_two", "valid_held out") for kind in ("loss", "perplexity")]
@@ -137,11 +138,14 @@ def test_a_mistake_is_told_once(config, tmp_path, mistake, told):
 @contextlib.contextmanager
 def running(command: list[str | Path], log: Path, until: str) -> Iterator[subprocess.Popen]:
     """The command in a process group of its own, from the moment its output has `until`."""
+    # Tests that join a group of one in this process leave its variables behind.
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env=os.environ | {"DS_ACCELERATOR": "cpu"}, preexec_fn=die_with_parent)
+                                   env=environment | {"DS_ACCELERATOR": "cpu"}, preexec_fn=die_with_parent)
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while until not in log.read_text() and process.poll() is None:
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
@@ -175,7 +179,7 @@ def test_launchers(config, tmp_path, launcher):
         "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *script],
         "srun": ["bash", "-c", SRUN, str(os.getpid()), sys.executable, *script]}[launcher]
     with running(command, tmp_path / "log", "saved") as process:
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(100) == 0, (tmp_path / "log").read_text()
     meta = json.loads((tmp_path / "checkpoints" / "step_00000001" / "meta.json").read_text())
     assert meta["layout"]["data_parallel"] == 2
 
@@ -186,7 +190,7 @@ def test_sigterm_to_all_processes_of_a_job_saves(config, tmp_path):
                "data.num_workers=2"]
     with running(command, tmp_path / "log", "step      3/") as process:
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(100) == 0, (tmp_path / "log").read_text()
     assert "asked to stop" in (tmp_path / "log").read_text()
     step = saved_step(tmp_path)
     assert step >= 3
@@ -202,17 +206,17 @@ def test_sigusr1_to_one_rank_saves_and_ends_all(config, tmp_path):
         ranks = psutil.Process(process.pid).children()
         assert len(ranks) == 2
         ranks[1].send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(100) == 0, (tmp_path / "log").read_text()
     assert saved_step(tmp_path) >= 3
 
 
 def test_sigterm_in_a_long_validation_saves(config, tmp_path):
     command = [sys.executable, "launch/pretrain.py", "--config", config, *options(tmp_path), *LONG,
-               "validation.interval=3", "validation.batches=5000", "data.num_workers=1"]
+               "validation.interval=3", "validation.batches=20000", "data.num_workers=1"]
     with running(command, tmp_path / "log", "step      3/") as process:
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, (tmp_path / "log").read_text()
+        assert process.wait(100) == 0, (tmp_path / "log").read_text()
     assert saved_step(tmp_path) == 3
     assert "valid at" not in (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "checkpoints" / "step_00000003" / "meta.json").read_text())["step"] == 3

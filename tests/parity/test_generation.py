@@ -20,6 +20,8 @@ SIZES = {
     "options": {"num_layers": 5, "d_model": 72, "linear_attention_layers": [1], "sliding_attention_layers": [2, 3],
                 "decay_exponent": -3, "fp32_residual": True, "tie_embeddings": False, "conv_kernel": 4,
                 "rotary_fraction": 0.5},
+    "systems": {"num_layers": 5, "linear_attention_layers": [], "sliding_attention_layers": [], "mixer_layers": {
+        "gla": [0], "mamba": [1], "h3": [2], "hyena": [3], "rwkv": [4]}, "rwkv": {"head_dim": 16}},
     "attention": {"linear_attention_layers": [], "sliding_attention_layers": [], "other_layers": "softmax_attention",
                   "rotary_fraction": 0.5},
 }

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from based_mp.ops.decode_torch import taylor_step_
 from based_mp.ops.gated_conv import gated_conv
-from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention, taylor_linear_attention_step
+from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention
 from based_mp.ops.reference import (
     causal_conv_naive,
     init_taylor_state,
@@ -89,8 +90,9 @@ def test_initial_state_gradient():
 def test_step_updates_the_state_in_place():
     q, k, v = qkv(30)
     state = init_taylor_state(2, 3, 16, 20, dtype=torch.float64)
-    out = torch.stack([taylor_linear_attention_step(q[:, t], k[:, t], v[:, t], state) for t in range(30)], 1)
-    assert relative(out, taylor_quadratic(q, k, v)) < 1e-10
+    x, slots = torch.cat([q, k, v], -1).flatten(2), torch.tensor([1, 0], dtype=torch.int32)
+    out = torch.stack([taylor_step_(x[:, t], slots, *state, None, 16) for t in range(30)], 1)
+    assert relative(out, taylor_quadratic(q, k, v).flatten(2)) < 1e-10
 
 
 PACKED = torch.tensor([0, 5, 5, 70, 200, 201], dtype=torch.int32)

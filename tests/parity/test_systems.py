@@ -54,7 +54,7 @@ class Rows:
 
     def step(self, tokens):
         """One token a row, int64 [rows] → logits [rows, vocab]."""
-        slots = torch.tensor(self.slots)
+        slots = torch.tensor(self.slots, device=self.pool.tokens.device)
         self.pool.tokens[slots] = tokens.int()
         out = self.inference.step(self.pool, slots.int())
         self.pool.positions[slots] += 1
