@@ -187,6 +187,10 @@ def run_group(place: Place, cases: list[Case], started: tuple[Job, Path], end: f
     the others go on in new processes.
     """
     (job, go), left = started, list(cases)
+    if time.time() > end:
+        job.stop()
+        yield from ((case, {"skipped": "no time left"}) for case in left)
+        return
     while left:
         go.write_text(str(end))
         read, error, since = 0, None, time.time()
