@@ -83,13 +83,14 @@ def flops_per_token(config: Config) -> float:
     return 3 * (2 * matrices + mixing_flops(config.model, config.training.seq_length))
 
 
-def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
+def kept_values(model: ModelConfig, recompute: str, tp: int = 1, sequence_parallel: bool = False) -> float:
     """Activations a token and GPU that wait for the backward pass.
 
     A layer keeps two sums of the residual stream, what the norms, SwiGLU and the convolution make of it (where that is
     not recomputed), and the outputs of its projections and of its mixing. Full recomputation keeps a layer's input, and
     one whole layer. The systems that BASED is compared with are counted roughly: fp32 as two values, spectra
-    of long convolutions as four, GLA and RWKV with flash-linear-attention.
+    of long convolutions as four, GLA and RWKV with flash-linear-attention. Sequence parallelism also divides the
+    residual stream and what the norms make of it.
     """
     d, h = model.d_model, model.num_heads
     keys, values = d * model.gla.expand_k, d * model.gla.expand_v
@@ -97,15 +98,16 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1) -> float:
               "sliding_attention": (4 * d, 0), "softmax_attention": (4 * d, 0),
               "gla": (5 * keys + 4 * values, 0), "rwkv": (16 * d, 0), "h3": (22 * d, 0), "hyena": (18 * d, 0),
               "mamba": (model.mamba.expand * d * (15 + model.mamba.d_state / 8), 0)}
+    cut = tp if sequence_parallel else 1
     layers = []
     for kind in model.mixers:
         kept, cheap = mixing[kind]
-        layers.append(2 * d + (2 * model.ffn_size + kept) / tp)
+        layers.append(2 * d / cut + (2 * model.ffn_size + kept) / tp)
         if recompute not in ("norms", "selective"):
-            layers[-1] += 2 * d
+            layers[-1] += 2 * d / cut
         if recompute != "selective":
             layers[-1] += (model.ffn_size + cheap) / tp
-    return sum(layers) if recompute != "full" else model.num_layers * d + max(layers)
+    return sum(layers) if recompute != "full" else model.num_layers * d / cut + max(layers)
 
 
 def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
@@ -121,7 +123,8 @@ def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
         "optimizer": params * (12 if width == 2 else 8) / (dp if stage >= 1 else 1),
     }
     tokens = config.training.micro_batch_size * config.training.seq_length
-    parts["activations"] = tokens * kept_values(model, config.training.recompute, tp) * width
+    parts["activations"] = tokens * width * kept_values(model, config.training.recompute, tp,
+                                                        config.parallel.sequence_parallel)
     parts["logits"] = tokens * model.padded_vocab_size / tp * width        # their gradient takes the same place
     return parts
 

@@ -10,9 +10,7 @@ The padded rows of the vocabulary are left out, and filled with zeros on the way
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -172,21 +170,4 @@ def import_safetensors(path: str | Path, config: Config, directory: str | Path) 
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path} as safetensors: {error}") from error
-    state = from_reference(tensors, config.model)
-    final = Path(directory) / ckpt.step_name(0)
-    temporary = final.with_name(f".writing_{final.name}")
-    ckpt.check_unused(final.parent)
-    meta: dict[str, Any] = {
-        "step": 0, "samples": 0, "universal": False, "weights_only": True,
-        "layout": {"tensor_parallel": 1, "data_parallel": 1, "zero_stage": 1},
-        "architecture": ckpt.architecture(config.model)}
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        torch.save({"module": state}, temporary / "mp_rank_00_model_states.pt")
-        ckpt.write_config(temporary, config)
-        ckpt.publish(temporary, final, meta)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {final}: {' '.join(str(error).split())[:300]}") from error
-    return final
+    return ckpt.save_weights(from_reference(tensors, config.model), config, directory)

@@ -63,6 +63,26 @@ def save(engine: Any, directory: str | Path, config: Config, ranks: Ranks, step:
     return final
 
 
+def save_weights(state: dict[str, torch.Tensor], config: Config, directory: str | Path) -> Path:
+    """Write whole weights by our names as a checkpoint at step 0, which loads at any layout. Raises UserError."""
+    final = Path(directory) / step_name(0)
+    temporary = final.with_name(f".writing_{final.name}")
+    check_unused(directory)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save({"module": state}, temporary / "mp_rank_00_model_states.pt")
+        write_config(temporary, config)
+        publish(temporary, final, {
+            "step": 0, "samples": 0, "universal": False, "weights_only": True,
+            "layout": {"tensor_parallel": 1, "data_parallel": 1, "zero_stage": 1},
+            "architecture": architecture(config.model)})
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {final}: {' '.join(str(error).split())[:300]}") from error
+    return final
+
+
 def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
     """Put the state of `checkpoint` into the engine; returns the step to go on from. Raises UserError."""
     meta = read_meta(checkpoint)

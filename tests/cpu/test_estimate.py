@@ -93,6 +93,9 @@ def test_zero_and_tensor_parallelism_shrink_memory():
     assert stages[1]["optimizer"] == 12 * total / 8 and stages[1]["gradients"] == stages[0]["gradients"]
     assert stages[2]["gradients"] == stages[1]["gradients"] / 8 and stages[3]["weights"] == 2 * total / 8
     assert parts("parallel.tensor_parallel_size=2")["weights"] == total
+    whole, split = (parts("parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sp}")["activations"]
+                    for sp in ("false", "true"))
+    assert split == parts()["activations"] / 2 < whole < parts()["activations"]
     assert parts("training.recompute=full")["activations"] < parts()["activations"] / 3
 
 
