@@ -160,7 +160,8 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="sequences; default 8 (360m), 4 (1.3b) at 2048")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches an optimizer step")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--recompute", default="none", choices=["none", "norms", "selective", "full"])
+    parser.add_argument("--recompute", choices=["none", "norms", "selective", "full"],
+                        help="default: the configuration's")
     parser.add_argument("--data", help="prefix of a .bin/.idx pair; default: synthetic")
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
@@ -184,7 +185,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace, data: str, cache: str) -> None:
     micro = lambda name, length: args.micro_batch or max(1, MICRO[name] * 2048 // length)  # noqa: E731
-    more = [f"training.recompute={args.recompute}", *args.set]
+    more = [*([f"training.recompute={args.recompute}"] if args.recompute else []), *args.set]
     if args.profile:
         name, length = args.config[0], args.length[0]
         print(profile(name, overrides(data, cache, 8, length, micro(name, length), 1, "data.num_workers=0", *more)))
@@ -205,7 +206,7 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
         record["largest_loss_difference"] = gate(data, cache)
         print(f"ten steps' losses lie within {record['largest_loss_difference']:.4f} of plain torch's", flush=True)
     print(f"{record['gpu']}, {commit}, matrix product {record['matmul_tflops']:.0f} TFLOP/s, "
-          f"recompute {args.recompute}, {args.accumulation} micro-batches a step")
+          f"recompute {args.recompute or 'as configured'}, {args.accumulation} micro-batches a step")
     print("| configuration | micro-batch × length | tokens/s | MFU | peak GiB | data wait | first step |\n"
           "|---|---|---|---|---|---|---|", flush=True)
     for length in args.length:

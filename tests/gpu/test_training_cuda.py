@@ -29,7 +29,8 @@ def test_weight_gradient_is_added_in_fp32(tokens, inputs, outputs):
     expected = total.double() + 2 * (dy.double().t() @ x.double())
     for _ in range(2):
         bf16_optimizer.add_weight_gradient(x, dy, total)
-    assert (total.double() - expected).norm() < 1e-5 * expected.norm()
+    # Sums of 16384 products in the tensor cores' fp32; a bf16 gradient would be off by 2e-3.
+    assert (total.double() - expected).norm() < 5e-5 * expected.norm()
 
 
 def test_steps_equal_deepspeeds(ranks, monkeypatch):
