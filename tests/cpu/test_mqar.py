@@ -11,6 +11,7 @@ import pytest
 
 from based_mp.errors import UserError
 from based_mp.evaluation.mqar import distinct, mqar_rows
+from based_mp.evaluation.recall_sweep import load_sweep
 from tests.helpers import REPO
 
 pytestmark = pytest.mark.timeout(300)
@@ -77,6 +78,16 @@ def test_pairs_that_do_not_fit_are_refused():
         mqar_rows(1, 256, 65)
     with pytest.raises(UserError, match="vocabulary of 16"):
         mqar_rows(1, 64, 8, vocab_size=16)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs" / "recall").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_named_sweeps_can_run(path):
+    found = load_sweep(path)
+    assert len({run["family"] for run in found.runs()}) == 9
+    for setting in found.train + found.test:
+        mqar_rows(1, setting.length, setting.pairs, vocab_size=found.model["vocab_size"])
+    longest = max(setting.length for setting in found.test)
+    assert all(run["model"].get("hyena", {}).get("filter_length", longest) >= longest for run in found.runs())
 
 
 def sweep(folder, text, *options):
