@@ -21,8 +21,6 @@ int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream)
 // W is [gate; up] and y [rows, columns / 2]; with add_to, y + bias goes there (residual dtype) and y is null.
 int decode_linear(const void* x, const void* weight, void* y, const void* norm_weight, float eps, void* add_to, const void* bias,
                   int fp32_residual, int swiglu, int rows, int columns, int inner, void* stream);
-// y = x W^T or with SwiGLU as above, without normalisation or addition, for any number of rows: columns a multiple of 8, with swiglu of 16.
-int decode_product(const void* x, const void* weight, void* y, int swiglu, int rows, int columns, int inner, void* stream);
 // Gated convolution, x [rows, 2 channels] without its bias [2 channels], carry [slots, taps - 1, channels] shifts in place.
 int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows, int channels,
                 int taps, void* stream);

@@ -20,8 +20,7 @@ __all__ = ["attention_step", "conv_run", "conv_step", "embed", "embed_step", "li
            "rope_run", "rotations", "sample", "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
-MAX_ROWS_LINEAR = 4              # rows that decode_linear takes, with norm, SwiGLU and the residual addition inside
-MAX_ROWS_PRODUCT = 128           # rows that decode_product takes, with SwiGLU inside; cuBLAS from there on
+MAX_ROWS_LINEAR = 4              # rows that decode_linear takes, norm, SwiGLU and residual inside; cuBLAS from there on
 SPLIT_BLOCKS = 924               # blocks of decode_attention that an H100 runs at once, seven on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
@@ -74,14 +73,11 @@ def norm_linear(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_
 
 
 def _many_rows(x: Tensor, weight: Tensor, *, swiglu: bool = False) -> Tensor:
-    rows, columns = x.shape[0], weight.shape[0]
-    y = weight.new_empty(rows, columns // 2 if swiglu else columns)
-    if rows <= MAX_ROWS_PRODUCT:
-        extension().decode_product(_at(x), _at(weight), _at(y), swiglu, rows, *weight.shape, _stream())
-        return y
     x = F.linear(x, weight)
     if not swiglu:
         return x
+    rows, columns = x.shape
+    y = weight.new_empty(rows, columns // 2)
     extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
     return y
 
