@@ -40,16 +40,16 @@ from typing import Any
 from unittest import mock
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
+sys.path.insert(0, str(REPO))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from train_throughput import LINE, MICRO, overrides, synthetic  # noqa: E402
 
 from based_mp.config import load_config  # noqa: E402
 from based_mp.estimate import memory_per_gpu, parameter_counts  # noqa: E402
+from benchmarks.train_throughput import LINE, MICRO, overrides, synthetic  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
 STAGES = ["equality", "speed", "checkpoint"]

@@ -125,6 +125,7 @@ def destroy() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _restore_environment()
 
 
 def tells(error: UserError) -> bool:
@@ -146,8 +147,23 @@ def tells(error: UserError) -> bool:
     return first
 
 
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR", "MASTER_ADDR", "MASTER_PORT")
+_environment: dict[str, str | None] = {}             # what they were before `initialize`
+
+
+def _restore_environment() -> None:
+    """Processes that are started later make groups of their own."""
+    for name, value in _environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _environment.clear()
+
+
 def _set_environment(rank: int, world: int, local_rank: int, device: torch.device) -> None:
     """Give torch.distributed and DeepSpeed the variables they read, whoever started the process."""
+    _environment.update({name: os.environ.get(name) for name in _VARIABLES if name not in _environment})
     started_by_mpi = "RANK" not in os.environ and ("OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("DS_ACCELERATOR", device.type)

@@ -33,7 +33,7 @@ def with_client(generator, test, **options):
 
 def test_mixed_load_leaks_and_mixes_nothing(generator):
     counts, texts, memory = asyncio.run(serve_load.load(
-        Service(generator, "tiny", slots=8, length=128, waiting=24), 400, 24))
+        Service(generator, "tiny", slots=8, length=128, waiting=400), 400, 24))
     assert counts["done"] > 150 and counts["bad"] > 20 and counts["left"] > 10, counts
     assert max(memory[5:]) - memory[4] < 40 * 2**20, memory
     serve_load.check_alone(generator, texts)

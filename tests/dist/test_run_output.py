@@ -25,7 +25,7 @@ from tests.helpers import REPO, die_with_parent, free_port, run_distributed
 from tests.models import tiny_config
 
 TRAIN = ["train/loss", "train/perplexity", "train/lr", "train/grad_norm", "speed/tokens_per_second_per_gpu",
-         "speed/mfu", "memory/gib"]
+         "speed/mfu", "speed/data_wait", "memory/gib"]
 VALID = [f"{name}/{kind}" for name in ("valid", "valid_two", "valid_held out") for kind in ("loss", "perplexity")]
 HEALTH = ["linear_attention/min_denominator_layer_1", "linear_attention/state_norm_layer_1"]
 

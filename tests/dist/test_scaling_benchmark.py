@@ -9,8 +9,7 @@ import pytest
 from based_mp.config import load_config
 from tests.helpers import REPO
 
-sys.path.insert(0, str(REPO / "benchmarks"))
-import scaling  # noqa: E402
+from benchmarks import scaling
 
 LATER = 1e10
 

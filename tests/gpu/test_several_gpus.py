@@ -6,10 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import REPO
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-import scaling  # noqa: E402
+from benchmarks import scaling
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() not in (2, 4, 8), reason="needs 2, 4 or 8 GPUs")
 
