@@ -36,5 +36,5 @@ def test_named_configurations_and_keys_exist():
         assert (REPO / "configs" / f"{name}.yaml").exists(), name
     keys = help_text()
     sections = "model|parallel|training|optimizer|logging|validation|checkpoint"
-    for key in re.findall(rf"\b((?:{sections})\.[a-z_]+)\b", README):
+    for key in re.findall(rf"(?<![/\w])((?:{sections})\.[a-z_]+)\b", README):
         assert f" {key} " in keys, key
