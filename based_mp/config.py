@@ -26,8 +26,8 @@ from based_mp.systems import (
     Seed,
 )
 
-MIXERS = ("gated_conv", "softmax_attention", "linear_attention", "sliding_attention", "gla", "mamba", "h3", "hyena",
-          "rwkv")
+BASED_MIXERS = ("gated_conv", "softmax_attention", "linear_attention", "sliding_attention")   # and attention's baseline
+MIXERS = (*BASED_MIXERS, "gla", "mamba", "h3", "hyena", "rwkv")
 
 
 class ModelConfig(Section):
@@ -348,14 +348,19 @@ NumberLoader.add_implicit_resolver(
     list("-+0123456789."))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
+def read_yaml(path: str | Path, what: str) -> Any:
+    """What a YAML file holds. Raises UserError, which calls the file `what`."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
+        return yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
     except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
+    tree = read_yaml(path, "config")
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as model: and data:, found {type(tree).__name__}")
     for item in overrides or []:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from based_mp.config import Config, ModelConfig
+from based_mp.config import BASED_MIXERS, Config, ModelConfig
 from based_mp.errors import UserError
 from based_mp.inference.load import full_state, read_config
 from based_mp.training import checkpoint as ckpt
@@ -124,8 +124,7 @@ def _check_names(tensors: dict[str, Tensor], model: ModelConfig) -> None:
 
 
 def _check_mixers(model: ModelConfig) -> None:
-    known = {"linear_attention", "sliding_attention", "softmax_attention", "gated_conv"}
-    unknown = sorted(set(model.mixers) - known)
+    unknown = sorted(set(model.mixers) - set(BASED_MIXERS))
     if unknown or not model.ffn_size:
         raise UserError("the published BASED checkpoints have no names for "
                         f"{', '.join(unknown) or 'layers without MLP'}: only models of BASED's "

@@ -24,6 +24,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.learning_curves import curve  # noqa: E402
+from benchmarks.record import git_commit  # noqa: E402
 from data_prep.indexed import IndexedDataset  # noqa: E402
 
 matplotlib.use("Agg")
@@ -63,11 +64,6 @@ def train(name: str, config: str, a: argparse.Namespace, folder: Path) -> None:
     start = time.perf_counter()
     subprocess.run(command, cwd=REPO, check=True)
     (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}")
-
-
-def commit() -> str:
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
 
 
 def device() -> str:
@@ -129,8 +125,9 @@ def main() -> None:
     (a.output / "table.md").write_text(table(results) + "\n")
     seconds = {name: int((a.output / name / "seconds").read_text()) for name in results}
     (a.output / "results.json").write_text(json.dumps(
-        {"device": device(), "commit": commit(), "torch": importlib.metadata.version("torch"), "steps": a.steps,
-         "tokens": a.steps * a.batch * a.seq_length, "seconds": seconds, "perplexity": results}, indent=1) + "\n")
+        {"device": device(), "commit": git_commit() or "unknown", "torch": importlib.metadata.version("torch"),
+         "steps": a.steps, "tokens": a.steps * a.batch * a.seq_length, "seconds": seconds, "perplexity": results},
+        indent=1) + "\n")
     print(table(results))
 
 

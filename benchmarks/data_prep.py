@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -41,6 +40,7 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import zstandard  # noqa: E402
 
+from benchmarks.record import git_commit  # noqa: E402
 from data_prep import run as run_module  # noqa: E402
 from data_prep.errors import UserError, run_cli  # noqa: E402
 from data_prep.run import Options, tokenize  # noqa: E402
@@ -220,8 +220,7 @@ def main() -> None:
         found = {"throughput": throughput, "sentencepiece": sentencepiece, "memory": memory}[a.what](a, folder)
     finally:
         shutil.rmtree(folder)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
+    commit = git_commit()
     result = {"what": a.what, "commit": commit, "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(),
               "load_average": round(os.getloadavg()[0], 2), **found}
     print(json.dumps(result, indent=1))

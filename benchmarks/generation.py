@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from based_mp.model.based_model import build_model
 from based_mp.ops import backends
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.parallel import state
+from benchmarks.record import git_commit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BANDWIDTH = 3.35e12              # bytes a second, nominal, H100 SXM
@@ -247,8 +247,7 @@ def main() -> None:
     args = parser.parse_args()
     if backends.extension() is None or not torch.cuda.is_available():
         raise SystemExit("error: needs a Hopper GPU and the compiled kernels (BASED_MP_CUDA=1 pip install -e .)")
-    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                                           text=True).stdout.strip()
+    commit = args.commit or git_commit()
     state.initialize(device="cuda")
     if args.profile:
         _, model, _ = load("based_1.3b_window64")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from based_mp.ops import backends, taylor_cuda
 from based_mp.ops.linear_attention import taylor_linear_attention
 from based_mp.ops.reference import taylor_chunked
+from benchmarks.record import git_commit
 
 SHAPES = [(8, 16, 2048, 64), (4, 16, 2048, 112), (2, 16, 8192, 64), (1, 16, 32768, 64), (1, 16, 2048, 64),
           (8, 16, 1024, 64)]
@@ -131,8 +131,7 @@ def main() -> None:
         raise SystemExit("error: needs a Hopper GPU and the compiled kernels (BASED_MP_CUDA=1 pip install -e .)")
     peers = fla_ops()
     errors = {d: gate(d, peers.get("fla parallel")) for d in backends.HEAD_DIMS}
-    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                                           text=True).stdout.strip()
+    commit = args.commit or git_commit()
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,
               "errors_o_dq_dk_dv": errors, "rows": []}
     names = [*peers, "flash"]

@@ -49,6 +49,7 @@ import torch  # noqa: E402
 
 from based_mp.config import load_config  # noqa: E402
 from based_mp.estimate import memory_per_gpu, parameter_counts  # noqa: E402
+from benchmarks.record import git_commit  # noqa: E402
 from benchmarks.train_throughput import LINE, MICRO, overrides, synthetic  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
@@ -624,8 +625,7 @@ def main() -> None:
     gpus = args.cpu or torch.cuda.device_count()
     if gpus not in (1, 2, 4, 8):
         raise SystemExit(f"error: {gpus} GPUs: needs 1, 2, 4 or 8 (CUDA_VISIBLE_DEVICES chooses), or --cpu 2")
-    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                           cwd=REPO).stdout.strip()
+    commit = args.commit or git_commit()
     names = [f"{gpus} CPU processes"] if args.cpu else [torch.cuda.get_device_name(i) for i in range(gpus)]
     record = {"benchmark": "scaling", "commit": commit, "gpus": names, "torch": torch.__version__,
               "command": " ".join(sys.argv), "rows": []}

@@ -34,6 +34,7 @@ sys.path.insert(0, str(REPO))
 
 from based_mp.config import load_config  # noqa: E402
 from based_mp.estimate import flops_per_token  # noqa: E402
+from benchmarks.record import git_commit  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
 MICRO = {"based_360m": 8, "attention_360m": 8, "based_1.3b": 4, "attention_1.3b": 4}      # at 2048 tokens
@@ -197,8 +198,7 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
             a, b = (statistics.mean(x[step : step + 10]) for x in (ours, torchs))
             print(f"steps {step + 1}–{step + 10}: {a:.4f}, plain torch {b:.4f}, difference {a - b:+.4f}")
         return
-    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                           cwd=REPO).stdout.strip()
+    commit = args.commit or git_commit()
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,
                               "matmul_tflops": matmul_rate(), "rows": []}
     torch.cuda.empty_cache()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-from based_mp.errors import UserError
+from based_mp.evaluation.figures import pyplot
 
 
 def best_runs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -41,11 +40,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def frontier(records: list[dict[str, Any]], setting: str, path: Path) -> None:
     """Accuracy at one setting ("LENGTHxPAIRS") against state bytes at its length, a line a system, as a PNG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the figure needs matplotlib: pip install '.[plot]'")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     length, pairs = setting.split("x")
     points: dict[str, list[tuple[int, float, str]]] = {}
     for row in best_runs(records):

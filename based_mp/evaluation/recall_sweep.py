@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from based_mp.config import ModelConfig, NumberLoader, one_sentence
+from based_mp.config import ModelConfig, one_sentence, read_yaml
 from based_mp.errors import UserError
 from based_mp.systems import Positive, Section, Seed
 
@@ -99,12 +98,7 @@ def _nested(*trees: dict[str, Any]) -> dict[str, Any]:
 
 def load_sweep(path: str | Path) -> Sweep:
     """Read and check a sweep, every model of it. Raises UserError."""
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the sweep {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path, "sweep")
     try:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:

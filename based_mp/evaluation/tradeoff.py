@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from based_mp.errors import UserError
+from based_mp.evaluation.figures import pyplot
 from based_mp.evaluation.recall import TASKS
 
 
@@ -55,11 +55,7 @@ def table(points: dict[str, dict[str, Any]]) -> str:
 
 def plot(points: dict[str, dict[str, Any]], path: Path) -> None:
     """Two panels, accuracy against state bytes and against tokens/s, as a PNG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the figure needs matplotlib: pip install '.[plot]'")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     first = next(iter(points.values()))
     batch, prompt, new, device = first["shape"]

@@ -22,9 +22,10 @@ from based_mp.config import ModelConfig
 from based_mp.inference.state import StatePool
 from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
+from based_mp.ops.fused.rotary_attention import rope_frequency
 from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention
 from based_mp.ops.reference import taylor_feature_dim
-from based_mp.ops.window_attention import causal_attention, rope_frequency
+from based_mp.ops.window_attention import causal_attention
 
 
 @dataclass

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from based_mp.config import ModelConfig
+from based_mp.config import BASED_MIXERS, ModelConfig
 from based_mp.errors import UserError
 from based_mp.ops import recurrences
 
@@ -116,7 +116,7 @@ def _decode_refusal(weight: Tensor, model: ModelConfig, tp_size: int) -> str | N
         return f"{odd[0]} (of a rank) is not a multiple of 8"
     if model.d_model > 8192 or model.vocab_size > 110_000:
         return "d_model is above 8192 or the vocabulary above 110,000"
-    others = sorted(set(model.mixers) - {"linear_attention", "sliding_attention", "softmax_attention", "gated_conv"})
+    others = sorted(set(model.mixers) - set(BASED_MIXERS))
     if others or not model.ffn_size:
         return f"{others[0] if others else 'a layer without MLP'} has no generation kernel"
     fits = model.feature_dim in FEATURE_DIMS and model.head_dim in HEAD_DIMS

@@ -27,11 +27,11 @@ def gated_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seql
     bf16, fp16 and fp32 (sums in fp32), fp64 in plain torch. Raises ValueError for shapes that do not fit together.
     """
     channels, width = weight.shape
-    rows = x.shape[1] if cu_seqlens is None else cu_seqlens.numel() - 1
     if x.dim() != 3 or x.shape[-1] != 2 * channels or (cu_seqlens is not None and x.shape[1] != 1):
         raise ValueError(f"expected x [seq, batch, {2 * channels}], batch 1 with cu_seqlens, got {tuple(x.shape)}")
-    if carry is not None and carry.shape != (rows, width - 1, channels):
-        raise ValueError(f"expected carry {(rows, width - 1, channels)}, got {tuple(carry.shape)}")
+    expected = (_rows(x, cu_seqlens), width - 1, channels)
+    if carry is not None and carry.shape != expected:
+        raise ValueError(f"expected carry {expected}, got {tuple(carry.shape)}")
     if backends.gated_conv_backend(x, weight, carry) == "cuda":
         cu = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int32).contiguous()
         y, out = _forward(x, weight, bias, cu, carry, return_carry)
@@ -42,7 +42,7 @@ def gated_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seql
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, carry: Tensor | None,
            return_carry: bool) -> Tensor | tuple[Tensor, Tensor]:
     width = weight.shape[1]
-    seq, batch, _ = x.shape
+    seq = x.shape[0]
     u1, u2 = (x if bias is None else x + bias).chunk(2, -1)
     if cu_seqlens is None:
         head = u1.new_zeros(width - 1, *u1.shape[1:]) if carry is None else carry.transpose(0, 1).to(u1.dtype)
@@ -54,7 +54,7 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | 
     if not return_carry:
         return y
     if carry is None:
-        carry = u1.new_zeros(batch if cu_seqlens is None else cu_seqlens.numel() - 1, width - 1, u1.shape[-1])
+        carry = u1.new_zeros(_rows(x, cu_seqlens), width - 1, u1.shape[-1])
     return y, conv_carry(u1, width, cu_seqlens=cu_seqlens, carry=carry)
 
 

@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops.backends import fused_backend
-from based_mp.ops.fused.rotary_attention import RotaryFlashAttention
-
-
-def rope_frequency(half: int, base: float, device: torch.device) -> Tensor:
-    """Angles a position, fp32 [half]."""
-    return base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+from based_mp.ops.fused.rotary_attention import RotaryFlashAttention, rope_frequency
 
 
 def rope(x: Tensor, positions: Tensor, *, base: float = 10000.0, fraction: float = 1.0) -> Tensor:

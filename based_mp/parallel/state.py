@@ -74,7 +74,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if local_rank >= count:
         kind = _OwnError if local_rank == count else UserError
         raise kind(f"local rank {local_rank} has no GPU of its own ({count} visible): start {count} processes "
-                        "on this node, or choose cpu (training.device=cpu; generate: --device cpu)")
+                   "on this node, or choose cpu (training.device=cpu; generate: --device cpu)")
     return torch.device("cuda", local_rank)
 
 

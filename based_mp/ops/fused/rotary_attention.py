@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def rope_frequency(half: int, base: float, device: torch.device) -> Tensor:
+    """Angles a position, fp32 [half]."""
+    return base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+
+
 @functools.lru_cache(maxsize=4)
 def rope_tables(seq: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of position · base^(−i/half), fp32 [seq, half]."""
-    frequency = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    angle = torch.arange(seq, device=device, dtype=torch.float32)[:, None] * frequency
+    angle = torch.arange(seq, device=device, dtype=torch.float32)[:, None] * rope_frequency(half, base, device)
     return angle.cos(), angle.sin()
 
 
