@@ -12,6 +12,7 @@
 #include "decode.h"
 #include "gated_conv_args.h"
 #include "taylor_args.h"
+#include "window_attention_args.h"
 
 namespace {
 
@@ -61,6 +62,21 @@ void gated_conv(bool backward, const std::array<int64_t, 12>& p, const std::arra
     if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching the gated convolution");
 }
 
+// pointers, strides and sizes: in the order of WindowAttentionArgs (see based_mp/ops/window_cuda.py).
+void window_attention(bool backward, const std::array<int64_t, 7>& p, const std::array<int64_t, 7>& strides,
+                      const std::array<int, 6>& sizes, float scale, int64_t stream) {
+    WindowAttentionArgs a{};
+    a.qkv = pointer<void>(p[0]); a.rotation = pointer<void>(p[1]); a.cu_seqlens = pointer<int>(p[2]);
+    a.o = pointer<void>(p[3]); a.lse = pointer<float>(p[4]); a.grad_o = pointer<void>(p[5]); a.dqkv = pointer<void>(p[6]);
+    for (int i = 0; i < 4; ++i) a.stride[i] = strides[i];
+    for (int i = 0; i < 3; ++i) a.grad_stride[i] = strides[4 + i];
+    a.seq = sizes[0]; a.batch = sizes[1]; a.heads = sizes[2]; a.head_dim = sizes[3]; a.window = sizes[4]; a.docs = sizes[5];
+    a.scale = scale;
+    a.stream = pointer<void>(stream);
+    const int code = backward ? window_attention_backward(&a) : window_attention_forward(&a);
+    if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching the window attention");
+}
+
 // A launcher of decode.h as a Python function: pointers are passed as integers.
 template <typename T> using Passed = std::conditional_t<std::is_pointer_v<T>, int64_t, T>;
 template <typename T> T received(Passed<T> x) {
@@ -78,6 +94,7 @@ template <typename... A> void define(pybind11::module_& m, const char* name, int
 PYBIND11_MODULE(_C, m) {
     m.def("launch", &launch);
     m.def("gated_conv", &gated_conv);
+    m.def("window_attention", &window_attention);
     define(m, "decode_embed", decode_embed);
     define(m, "decode_add_norm", decode_add_norm);
     define(m, "decode_swiglu", decode_swiglu);

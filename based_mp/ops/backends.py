@@ -18,6 +18,7 @@ from based_mp.ops import recurrences
 
 HEAD_DIMS = (64, 80, 96, 112, 128)
 FEATURE_DIMS = (8, 16)
+LONGEST_WINDOW = 256
 
 
 def _load_extension() -> ModuleType | None:
@@ -41,8 +42,8 @@ def extension() -> ModuleType | None:
 
 
 @functools.cache
-def _warn_once(what: str, reason: str) -> None:
-    warnings.warn(f"{what} runs in plain torch, not in the CUDA kernels: {reason}", stacklevel=3)
+def _warn_once(what: str, reason: str, instead: str = "plain torch") -> None:
+    warnings.warn(f"{what} runs in {instead}, not in the CUDA kernels: {reason}", stacklevel=3)
 
 
 @functools.cache
@@ -98,6 +99,28 @@ def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
     if reason:
         _warn_once("The gated convolution", reason)
     return "torch" if reason else "cuda"
+
+
+def window_backend(qkv: Tensor, window: int | None, rotary_fraction: float) -> str:
+    """Of RoPE and sliding-window attention on qkv [seq, batch, heads, 3, head_dim]: "cuda" for the kernels of csrc/, "flash"
+    for Triton and torch's flash kernel (one warning says why, where there is a window), else "torch"."""
+    if fused_backend(qkv) != "triton" or not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
+        return "torch"
+    if window is None:
+        return "flash"
+    reason = None
+    if qkv.dtype != torch.bfloat16:
+        reason = f"inputs are {qkv.dtype}; the kernels take bf16"
+    elif window > LONGEST_WINDOW:
+        reason = f"window {window} is above {LONGEST_WINDOW}"
+    elif qkv.shape[-1] not in HEAD_DIMS:
+        reason = f"head_dim {qkv.shape[-1]} is not one of {HEAD_DIMS}"
+    elif rotary_fraction != 1:
+        reason = f"rotary_fraction is {rotary_fraction}; the kernels rotate whole heads"
+    reason = reason or _unusable(qkv.device)
+    if reason:
+        _warn_once("Sliding-window attention", reason, "torch's flash kernel")
+    return "flash" if reason else "cuda"
 
 
 def fused_backend(x: Tensor) -> str:

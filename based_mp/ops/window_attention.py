@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from based_mp.ops.backends import fused_backend
+from based_mp.ops import backends
 from based_mp.ops.fused.rotary_attention import RotaryFlashAttention, rope_frequency
+from based_mp.ops.window_cuda import rotary_window_attention
 
 
 def rope(x: Tensor, positions: Tensor, *, base: float = 10000.0, fraction: float = 1.0) -> Tensor:
@@ -35,7 +36,10 @@ def rotary_attention(x: Tensor, heads: int, *, window: int | None = None, cu_seq
     Returns [seq, batch, heads·head_dim].
     """
     qkv = x.unflatten(-1, (heads, 3, -1))
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and fused_backend(x) == "triton":
+    backend = backends.window_backend(qkv, window, fraction)
+    if backend == "cuda":
+        return rotary_window_attention(qkv, window, cu_seqlens, base).flatten(2)
+    if backend == "flash":
         o = RotaryFlashAttention.apply(qkv, window, cu_seqlens, base, fraction)
     else:
         q, k, v = qkv.transpose(0, 1).unbind(-2)

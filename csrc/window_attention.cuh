@@ -1,0 +1,324 @@
+// Shared by the sliding-window attention's kernels. A block walks along a strip of one head: tiles of 64 tokens pass through
+// a ring in shared memory, where a warpgroup that only loads puts them, rotated (RoPE), and others multiply them with tiles
+// of their own, 64 rows each. So every row is read and rotated once a strip, and only the last `window` rows are kept.
+#pragma once
+#include <cuda_fp16.h>
+
+#include "hopper.cuh"
+#include "window_attention_args.h"
+
+namespace window_attention {
+using namespace taylor;
+using bf16 = __nv_bfloat16;
+
+constexpr int kRows = 64, kPlane = kRows * 16;       // a tile is planes of 8 columns, 16 bytes a row: what wgmma reads unswizzled
+template <int D> constexpr int kTile = D / 8 * kPlane;
+constexpr int kMaxShared = 232448;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// How the tiles of a strip pass. Own tile s meets the ring's tiles first(s) .. last(s): those up to itself (keys of queries) or,
+// Ahead, those from itself on (queries of keys). Tile u of the ring is loaded together with own tile u - lag.
+struct Plan {
+    int tiles, reach, strip, strips;                  // tiles of a sequence; of a window beyond the own one; of a strip; strips
+    int ring, own, ahead;                             // slots of the ring, for own tiles, tiles asked for before one is finished
+};
+template <bool Ahead> struct Walk {
+    int begin, end, lag, start, count;                // own tiles begin .. end - 1; the ring's `count` tiles from `start` on
+    Plan plan;
+    __device__ __forceinline__ Walk(const Plan& p, int strip) : plan(p) {
+        begin = strip * p.strip;
+        end = min(begin + p.strip, p.tiles);
+        lag = Ahead ? p.reach : 0;
+        start = first(begin);
+        count = end + lag - start;
+    }
+    __device__ __forceinline__ int first(int s) const { return Ahead ? s : max(s - plan.reach, 0); }
+    __device__ __forceinline__ int last(int s) const { return Ahead ? min(s + plan.reach, plan.tiles - 1) : s; }
+};
+
+// Addresses: the ring's tiles (First | Second a slot), own tiles (Owned a slot), row statistics, barriers.
+template <int D, int Owned> struct Shared {
+    uint32_t base;
+    int ring, own, stats;
+    __device__ __forceinline__ uint32_t slot(int i) const { return base + i % ring * 2 * kTile<D>; }
+    __device__ __forceinline__ uint32_t tile(int s) const { return base + (2 * ring + s % own * Owned) * kTile<D>; }
+    __device__ __forceinline__ uint32_t row_stats(int i) const { return base + (2 * ring + Owned * own) * kTile<D> + i % stats * kRows * 8; }
+    __device__ __forceinline__ uint32_t barriers() const { return row_stats(0) + stats * kRows * 8; }
+    __device__ __forceinline__ uint32_t full(int i) const { return barriers() + i % ring * 8; }
+    __device__ __forceinline__ uint32_t empty(int i) const { return barriers() + (ring + i % ring) * 8; }
+    __device__ __forceinline__ uint32_t free(int s) const { return barriers() + (2 * ring + s % own) * 8; }
+    __device__ __forceinline__ void init(int groups) const {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < ring; ++i) { barrier_init(full(i), 4); barrier_init(empty(i), groups * 4); }
+            for (int i = 0; i < own; ++i) barrier_init(free(i), 4);
+        }
+        __syncthreads();
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- the loading warpgroup
+// Warp w has rows 8 w .. 8 w + 7 and the same of the second half. Eight lanes have eight rows of 16 bytes, which lie side by
+// side in shared memory; four times eight have 64 bytes of a row of device memory.
+template <typename F> __device__ __forceinline__ void for_rows(F f) {
+    #pragma unroll
+    for (int half = 0; half < 2; ++half) f(half, (threadIdx.x >> 5 & 3) * 8 + half * 32 + (threadIdx.x & 7));
+}
+__device__ __forceinline__ int first_vector() { return threadIdx.x >> 3 & 3; }
+
+// 64 rows from token `first` on; zeros behind the sequence's end.
+template <int D> __device__ __forceinline__ void copy_tile(uint32_t to, const bf16* from, int64_t pitch, int first, int seq) {
+    for_rows([&](int, int row) {
+        const bf16* source = from + (int64_t)min(first + row, seq - 1) * pitch;
+        const int bytes = first + row < seq ? 16 : 0;
+        #pragma unroll
+        for (int j = 0; j < (D + 31) / 32; ++j) {
+            const int vector = first_vector() + 4 * j;
+            if (vector < D / 8) copy16_or_zero(to + vector * kPlane + row * 16, source + vector * 8, bytes);
+        }
+    });
+}
+// The line of device memory that `dots` will read.
+template <int D> __device__ __forceinline__ void prefetch_tile(const bf16* from, int64_t pitch, int first, int seq) {
+    for_rows([&](int, int row) {
+        if (first_vector() * 32 < D && first + row < seq)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(from + (int64_t)(first + row) * pitch + first_vector() * 32));
+    });
+}
+__device__ __forceinline__ float2 widen(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+// Pairs (i, i + D / 2) of every row turned by its position's angles, in place (Su et al. 2021, half-split layout).
+template <int D> __device__ __forceinline__ void rotate_tile(uint32_t at, const void* rotation, int first, int seq) {
+    for_rows([&](int, int row) {
+        const uint4* table = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)min(first + row, seq - 1) * (D / 2));
+        #pragma unroll
+        for (int j = 0; j < (D + 63) / 64; ++j) {
+            const int vector = first_vector() + 4 * j;
+            if (vector >= D / 16) continue;
+            const uint32_t low_at = at + vector * kPlane + row * 16, high_at = low_at + D / 16 * kPlane;
+            const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = __ldg(table + vector * 2), t1 = __ldg(table + vector * 2 + 1);
+            const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w}, t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
+            uint32_t u[4], v[4];
+            #pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 p = widen(t[2 * i]), q = widen(t[2 * i + 1]);
+                u[i] = pack(low(x[i]) * p.x - low(y[i]) * p.y, high(x[i]) * q.x - high(y[i]) * q.y);
+                v[i] = pack(low(y[i]) * p.x + low(x[i]) * p.y, high(y[i]) * q.x + high(x[i]) * q.y);
+            }
+            store_shared_vector(low_at, u);
+            store_shared_vector(high_at, v);
+        }
+    });
+}
+// {lse, grad_o . o} of every row to `to`; behind the end {inf, 0}: no weight.
+template <int D> __device__ __forceinline__ void dots(uint32_t to, uint32_t grad, const bf16* o, int64_t pitch, const float* lse, int first, int seq) {
+    constexpr int N = (D + 31) / 32;
+    uint4 y[2][N];
+    for_rows([&](int half, int row) {
+        const uint4* from = reinterpret_cast<const uint4*>(o + (int64_t)min(first + row, seq - 1) * pitch);
+        #pragma unroll
+        for (int j = 0; j < N; ++j) y[half][j] = first_vector() + 4 * j < D / 8 ? __ldg(from + first_vector() + 4 * j) : uint4{};
+    });
+    for_rows([&](int half, int row) {
+        float dot = 0.f;
+        #pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int vector = first_vector() + 4 * j;
+            if (vector >= D / 8) continue;
+            const uint4 a = load_shared_vector(grad + vector * kPlane + row * 16), b = y[half][j];
+            dot += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
+                 + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
+        }
+        dot += __shfl_xor_sync(~0u, dot, 8);
+        dot += __shfl_xor_sync(~0u, dot, 16);
+        const bool inside = first + row < seq;
+        if (first_vector() == 0) {
+            store_shared(to + row * 8, __float_as_uint(inside ? lse[first + row] : INFINITY));
+            store_shared(to + row * 8 + 4, __float_as_uint(inside ? dot : 0.f));
+        }
+    });
+}
+
+// ask(i) copies what index i needs; finish(i) rotates it once it is there. Index i holds ring tile start + i and own tile
+// start + i - lag, where there are such.
+template <bool Ahead, typename S, typename A, typename F>
+__device__ __forceinline__ void load(const Walk<Ahead>& w, const S& m, A ask, F finish) {
+    for (int i = 0; i < w.count + w.plan.ahead; ++i) {
+        if (i < w.count) {
+            const int s = w.start + i - w.lag - w.begin;
+            if (i >= m.ring) barrier_wait(m.empty(i), (i / m.ring - 1) & 1);
+            if (s >= m.own) barrier_wait(m.free(s), (s / m.own - 1) & 1);
+            ask(i);
+        }
+        copies_commit();
+        if (i < w.plan.ahead) continue;
+        if (w.plan.ahead) copies_wait<1>(); else copies_wait<0>();
+        __syncwarp();
+        finish(i - w.plan.ahead);
+        fence_for_tensor_cores();
+        warp_arrive(m.full(i - w.plan.ahead));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- the multiplying warpgroups
+// What a warpgroup knows of the ring: tiles before `released` it has handed back.
+template <bool Ahead, typename S> struct Consumer {
+    const Walk<Ahead>& w;
+    const S& m;
+    int released;
+    __device__ __forceinline__ Consumer(const Walk<Ahead>& walk, const S& shared) : w(walk), m(shared), released(walk.start) {}
+    __device__ __forceinline__ void wait_index(int i) const { barrier_wait(m.full(i), i / m.ring & 1); }
+    // Hands tiles before `limit` back, each once it is there: another warpgroup may still wait for it.
+    __device__ __forceinline__ void release(int limit) {
+        for (; released < limit; ++released) {
+            wait_index(released - w.start);
+            warp_arrive(m.empty(released - w.start));
+        }
+    }
+    // Until own tile s and all of the ring that it meets are there.
+    __device__ __forceinline__ void begin(int s) {
+        release(w.first(s));
+        wait_index(s + w.lag - w.start);
+    }
+    __device__ __forceinline__ uint32_t slot(int u) const { return m.slot(u - w.start); }
+};
+
+// The columns that the thread's rows g and g + 8 of a tile see: from[i] .. from[i] + length[i].
+template <bool Ahead> struct Seen {
+    int from[2];
+    unsigned length[2];
+    __device__ __forceinline__ Seen(const WindowAttentionArgs& a, int first_row) {
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = first_row + i * 8;
+            int begin = 0, end = a.seq;
+            if (a.cu_seqlens) {
+                int low = 0, high = a.docs - 1;           // the last document that starts at or before the row
+                while (low < high) {
+                    const int middle = (low + high + 1) / 2;
+                    if (a.cu_seqlens[middle] <= row) low = middle; else high = middle - 1;
+                }
+                begin = a.cu_seqlens[low];
+                end = a.cu_seqlens[low + 1];
+            }
+            from[i] = Ahead ? row : max(row - a.window + 1, begin);
+            length[i] = max(Ahead ? min(a.window, end - row) - 1 : row - from[i], 0);
+        }
+    }
+    // x = N columns from `first` on: -inf where they are not seen.
+    template <int N> __device__ __forceinline__ void mask(float (&x)[N / 2], int first) const {
+        const int column = first + (threadIdx.x & 3) * 2;
+        #pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+            #pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if ((unsigned)(column + n * 8 + (e & 1) - from[e >> 1]) > length[e >> 1]) x[4 * n + e] = -INFINITY;
+    }
+};
+// Whether a pair of tiles at this distance has anything to mask.
+__device__ __forceinline__ bool masked(const WindowAttentionArgs& a, int distance) {
+    return a.cu_seqlens || distance == 0 || distance * kRows + kRows - 1 >= a.window;
+}
+
+// Columns 16 i .. 16 i + 15 of an accumulator as left operand.
+template <int M> __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&x)[M], int i) {
+    a[0] = pack(x[8 * i], x[8 * i + 1]);
+    a[1] = pack(x[8 * i + 2], x[8 * i + 3]);
+    a[2] = pack(x[8 * i + 4], x[8 * i + 5]);
+    a[3] = pack(x[8 * i + 6], x[8 * i + 7]);
+}
+// x = A B^T, A a tile, B the N rows of a tile from address b on.
+template <int D, int N> __device__ __forceinline__ void multiply_rows(float (&x)[N / 2], uint32_t a, uint32_t b) {
+    #pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+        Wgmma<N>::ss(x, operand(a + k * 2 * kPlane, kPlane, 128), operand(b + k * 2 * kPlane, kPlane, 128), k > 0);
+}
+// x (+)= A B, A of 16 N columns in registers, B as many rows of a tile from address b on.
+template <int D, int N> __device__ __forceinline__ void multiply_columns(float (&x)[D / 2], const uint32_t (&a)[N][4], uint32_t b, bool add) {
+    #pragma unroll
+    for (int k = 0; k < N; ++k) Wgmma<D>::template rs<1>(x, a[k], operand(b + k * 256, 128, kPlane), add || k > 0);
+}
+
+// Rows g and g + 8 of a warp's 16, of which `first_row` is the thread's first, times `factor` as bf16; eight bytes of a sector
+// a lane, so that four lanes fill one.
+template <int D> __device__ __forceinline__ void store_rows(const float (&x)[D / 2], bf16* to, int64_t pitch, int first_row, int seq, const float (&factor)[2]) {
+    const int t = threadIdx.x & 3;
+    const bool odd = t & 1;
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = first_row + i * 8;
+        bf16* out = to + row * pitch + (odd ? 8 + 2 * (t - 1) : 2 * t);
+        #pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            const uint32_t a = pack(x[8 * n + 2 * i] * factor[i], x[8 * n + 2 * i + 1] * factor[i]);
+            const uint32_t b = pack(x[8 * n + 4 + 2 * i] * factor[i], x[8 * n + 5 + 2 * i] * factor[i]);
+            const uint32_t other = __shfl_xor_sync(~0u, odd ? a : b, 1);
+            if (row < seq) *reinterpret_cast<uint2*>(out + n * 16) = odd ? make_uint2(other, b) : make_uint2(a, other);
+        }
+    }
+}
+// The transposed rotation of an accumulator's rows: gradients of what was rotated to those of what came.
+template <int D> __device__ __forceinline__ void rotate_back(float (&x)[D / 2], const void* rotation, int first_row, int seq) {
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const __half2* table = static_cast<const __half2*>(rotation) + (int64_t)min(first_row + i * 8, seq - 1) * (D / 2) + (threadIdx.x & 3) * 2;
+        #pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            const uint2 t = __ldg(reinterpret_cast<const uint2*>(table + n * 8));
+            #pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float2 turn = widen(e ? t.y : t.x);
+                float &a = x[4 * n + 2 * i + e], &b = x[4 * (n + D / 16) + 2 * i + e];
+                const float back = a * turn.x + b * turn.y;
+                b = b * turn.x - a * turn.y;
+                a = back;
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- host
+// Slots that fit in shared memory, as many as are of use; strips such that blocks fill the multiprocessors evenly.
+// bytes(ring, own): of shared memory.
+template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int groups, int roles, B bytes) {
+    Plan p{};
+    p.tiles = (a.seq + kRows - 1) / kRows;
+    p.reach = (a.window + kRows - 2) / kRows;
+    if (p.reach > p.tiles - 1) p.reach = p.tiles - 1;
+    const auto fits = [&](int ring, int own) { return bytes(ring, own) <= kMaxShared; };
+    p.ahead = fits(p.reach + 2, 2) ? 1 : 0;
+    p.ring = p.reach + 1 + p.ahead;
+    p.own = 1 + p.ahead;
+    for (bool grown = true; grown;) {
+        grown = false;
+        if (p.own < 2 * groups && fits(p.ring, p.own + 1)) { ++p.own; grown = true; }
+        if (p.ring < p.reach + 1 + 2 * groups && fits(p.ring + 1, p.own)) { ++p.ring; grown = true; }
+    }
+    int device = 0, processors = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    int64_t best = INT64_MAX;
+    for (int strips = 1; strips <= p.tiles; ++strips) {
+        const int strip = (p.tiles + strips - 1) / strips;
+        const int64_t blocks = (int64_t)a.batch * a.heads * roles * ((p.tiles + strip - 1) / strip);
+        const int64_t cost = (blocks + processors - 1) / processors * (2 * strip + (strips > 1 ? p.reach : 0) + 2);
+        if (cost < best) { best = cost; p.strip = strip; p.strips = (p.tiles + strip - 1) / strip; }
+    }
+    return p;
+}
+template <typename F> inline int launch(F* kernel, const WindowAttentionArgs& a, const Plan& p, int roles, int threads, int bytes) {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e != cudaSuccess) return (int)e;
+    kernel<<<(unsigned)((int64_t)a.batch * a.heads * p.strips * roles), threads, bytes, (cudaStream_t)a.stream>>>(a, p);
+    return (int)cudaGetLastError();
+}
+
+}  // namespace window_attention
+
+#define WINDOW_ATTENTION_DISPATCH(head_dim, call)                                                                       \
+    switch (head_dim) {                                                                                                 \
+        case 64: { constexpr int kD = 64; return call; }                                                                \
+        case 80: { constexpr int kD = 80; return call; }                                                                \
+        case 96: { constexpr int kD = 96; return call; }                                                                \
+        case 112: { constexpr int kD = 112; return call; }                                                              \
+        case 128: { constexpr int kD = 128; return call; }                                                              \
+        default: return (int)cudaErrorInvalidValue;                                                                     \
+    }

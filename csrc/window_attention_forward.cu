@@ -1,0 +1,107 @@
+// o_i = sum_j softmax(q_i . k_j / sqrt(head_dim)) v_j over the last `window` positions of i's document, q and k rotated, with the
+// logarithms of the sums for the backward pass. Queries are a warpgroup's own tile, keys and values the ring's (see
+// window_attention.cuh); the softmax runs in fp32 over the ring's tiles as they come.
+#include "window_attention.cuh"
+
+namespace window_attention {
+
+constexpr int kGroups = 3, kThreads = (kGroups + 1) * 128, kLoaderRegisters = 80, kRegisters = 144;
+
+template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan) {
+    extern __shared__ __align__(128) char shared[];
+    const Shared<D, 1> m{address(shared), plan.ring, plan.own, 0};
+    const Walk<false> w(plan, blockIdx.x % plan.strips);
+    const int head = blockIdx.x / plan.strips % a.heads, batch = blockIdx.x / plan.strips / a.heads;
+    const bf16* q = static_cast<const bf16*>(a.qkv) + batch * a.stride[1] + head * a.stride[2];
+    const bf16 *k = q + a.stride[3], *v = k + a.stride[3];
+    m.init(kGroups);
+    if (threadIdx.x < 128) {
+        registers_down<kLoaderRegisters>();
+        load(w, m, [&](int i) {
+            const int u = w.start + i, token = u * kRows;
+            copy_tile<D>(m.slot(i), k, a.stride[0], token, a.seq);
+            copy_tile<D>(m.slot(i) + kTile<D>, v, a.stride[0], token, a.seq);
+            if (u >= w.begin) copy_tile<D>(m.tile(u - w.begin), q, a.stride[0], token, a.seq);
+        }, [&](int i) {
+            const int u = w.start + i;
+            rotate_tile<D>(m.slot(i), a.rotation, u * kRows, a.seq);
+            if (u >= w.begin) rotate_tile<D>(m.tile(u - w.begin), a.rotation, u * kRows, a.seq);
+        });
+        return;
+    }
+    registers_up<kRegisters>();
+    const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    const float scale = a.scale * kLog2e;
+    Consumer<false, Shared<D, 1>> ring(w, m);
+    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - 1; s < w.end; s += kGroups) {
+        const int row = s * kRows + warp * 16 + (lane >> 2);
+        const Seen<false> seen(a, row);
+        float o[D / 2], peak[2] = {-1e30f, -1e30f}, sum[2] = {0.f, 0.f};
+        ring.begin(s);
+        const int from = w.first(s), next = w.first(s + kGroups);
+        #pragma unroll 1
+        for (int u = from; u <= s; ++u) {
+            float x[32];
+            wgmma_begin();
+            multiply_rows<D, 64>(x, m.tile(s - w.begin), ring.slot(u));
+            wgmma_commit();
+            wgmma_wait<0>();                                       // also of the tile before
+            ring.release(min(u, next));
+            if (masked(a, s - u)) seen.template mask<64>(x, u * kRows);
+            #pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float high = x[2 * i];
+                #pragma unroll
+                for (int n = 0; n < 8; ++n) high = fmaxf(high, fmaxf(x[4 * n + 2 * i], x[4 * n + 2 * i + 1]));
+                high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+                high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+                high = fmaxf(peak[i], high * scale);
+                const float shrink = exp2f(peak[i] - high);
+                peak[i] = high;
+                sum[i] *= shrink;
+                #pragma unroll
+                for (int n = 0; n < 8; ++n)
+                    #pragma unroll
+                    for (int e = 2 * i; e < 2 * i + 2; ++e) {
+                        x[4 * n + e] = exp2f(fmaf(x[4 * n + e], scale, -high));
+                        sum[i] += x[4 * n + e];
+                    }
+                if (u > from) {
+                    #pragma unroll
+                    for (int n = 0; n < D / 8; ++n) { o[4 * n + 2 * i] *= shrink; o[4 * n + 2 * i + 1] *= shrink; }
+                }
+            }
+            uint32_t p[4][4];
+            #pragma unroll
+            for (int j = 0; j < 4; ++j) pack_operand(p[j], x, j);
+            wgmma_begin();
+            multiply_columns<D>(o, p, ring.slot(u) + kTile<D>, u > from);
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        ring.release(min(s + 1, next));
+        warp_arrive(m.free(s - w.begin));
+        float inverse[2];
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
+            sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
+            inverse[i] = 1.f / sum[i];
+            if ((lane & 3) == 0 && row + i * 8 < a.seq)
+                a.lse[((int64_t)batch * a.heads + head) * a.seq + row + i * 8] = peak[i] + log2f(sum[i]);
+        }
+        store_rows<D>(o, static_cast<bf16*>(a.o) + ((int64_t)batch * a.heads + head) * D, (int64_t)a.batch * a.heads * D, row, a.seq, inverse);
+    }
+}
+
+template <int D> int forward(const WindowAttentionArgs& a) {
+    const auto bytes = [](int ring, int own) { return (2 * ring + own) * kTile<D> + (2 * ring + own) * 8; };
+    const Plan p = make_plan(a, kGroups, 1, bytes);
+    return launch(forward_kernel<D>, a, p, 1, kThreads, bytes(p.ring, p.own));
+}
+
+}  // namespace window_attention
+
+extern "C" int window_attention_forward(const WindowAttentionArgs* a) {
+    WINDOW_ATTENTION_DISPATCH(a->head_dim, window_attention::forward<kD>(*a))
+}
