@@ -102,7 +102,7 @@ def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
 
 
 def window_backend(qkv: Tensor, window: int | None, rotary_fraction: float) -> str:
-    """Of RoPE and sliding-window attention on qkv [seq, batch, heads, 3, head_dim]: "cuda" for the kernels of csrc/, "flash"
+    """Of RoPE and causal attention on qkv [seq, batch, heads, 3, head_dim]: "cuda" for the kernels of csrc/, "flash"
     for Triton and torch's flash kernel (one warning says why, where there is a window), else "torch"."""
     if fused_backend(qkv) != "triton" or not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
         return "torch"

@@ -1,4 +1,4 @@
-"""RoPE and causal sliding-window attention in one kernel each way (csrc/window_attention_*.cu), on a fused qkv projection.
+"""RoPE and causal sliding-window attention on a fused qkv projection, one kernel each way (csrc/window_attention_*.cu).
 
 q and k are rotated on their way into shared memory, their gradients on their way out, so that neither the rotated heads
 nor gradients in another layout exist in device memory. Scores are made again in the backward pass from the logarithms
@@ -22,9 +22,10 @@ def rotation_table(seq: int, half: int, base: float, device: torch.device) -> Te
     return torch.stack(rope_tables(seq, half, base, device), -1).half()
 
 
-def rotary_window_attention(qkv: Tensor, window: int, cu_seqlens: Tensor | None = None, base: float = 10000.0) -> Tensor:
-    """qkv: bf16 [seq, batch, heads, 3, head_dim]; window, cu_seqlens, base as in `rotary_attention`; any strides (a copy is
-    made where the kernels cannot read them). Returns [seq, batch, heads, head_dim]."""
+def rotary_window_attention(qkv: Tensor, window: int, cu_seqlens: Tensor | None = None,
+                            base: float = 10000.0) -> Tensor:
+    """qkv: bf16 [seq, batch, heads, 3, head_dim]; window, cu_seqlens, base as in `rotary_attention`; any strides (a
+    copy is made where the kernels cannot read them). Returns [seq, batch, heads, head_dim]."""
     table = rotation_table(qkv.shape[0], qkv.shape[-1] // 2, base, qkv.device)
     cu = None if cu_seqlens is None else cu_seqlens.to(qkv.device, torch.int32).contiguous()
     return _forward(qkv, table, cu, window)[0]
