@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from based_mp.ops.fused.rotary_attention import RotaryFlashAttention  # noqa: E402
+from based_mp.ops.fused.rotary_attention import RotaryAttention  # noqa: E402
 from based_mp.ops.reference import window_attention_naive  # noqa: E402
 from based_mp.ops.window_attention import rope  # noqa: E402
 from based_mp.ops.window_cuda import rotary_window_attention  # noqa: E402
@@ -64,7 +64,7 @@ def heads_of(x: Tensor) -> list[Tensor]:
 
 
 def flash(window: int) -> Way:
-    return lambda x: RotaryFlashAttention.apply(x, window, None, 10000.0, 1.0).transpose(0, 1).flatten(2)
+    return lambda x: RotaryAttention.apply(x, window, None, 10000.0, 1.0).transpose(0, 1).flatten(2)
 
 
 def flash_alone(window: int) -> Way:

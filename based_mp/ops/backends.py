@@ -42,8 +42,8 @@ def extension() -> ModuleType | None:
 
 
 @functools.cache
-def _warn_once(what: str, reason: str, instead: str = "plain torch") -> None:
-    warnings.warn(f"{what} runs in {instead}, not in the CUDA kernels: {reason}", stacklevel=3)
+def _warn_once(what: str, reason: str, instead: str = "plain torch", usual: str = "in the CUDA kernels") -> None:
+    warnings.warn(f"{what} runs in {instead}, not {usual}: {reason}", stacklevel=3)
 
 
 @functools.cache
@@ -121,6 +121,15 @@ def window_backend(qkv: Tensor, window: int | None, rotary_fraction: float) -> s
     if reason:
         _warn_once("Sliding-window attention", reason, "torch's flash kernel")
     return "flash" if reason else "cuda"
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN takes full causal attention on [batch, heads, seq, head_dim]; torch's flash kernel else."""
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, False)
+    usable = torch.backends.cuda.can_use_cudnn_attention(params)
+    if not usable:
+        _warn_once("Full causal attention", "torch finds no cuDNN kernel for it", "torch's flash kernel", "in cuDNN")
+    return usable
 
 
 def fused_backend(x: Tensor) -> str:

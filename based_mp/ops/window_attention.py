@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops import backends
-from based_mp.ops.fused.rotary_attention import RotaryFlashAttention, rope_frequency
+from based_mp.ops.fused.rotary_attention import RotaryAttention, rope_frequency
 from based_mp.ops.window_cuda import rotary_window_attention
 
 
@@ -40,7 +40,7 @@ def rotary_attention(x: Tensor, heads: int, *, window: int | None = None, cu_seq
     if backend == "cuda":
         return rotary_window_attention(qkv, window, cu_seqlens, base).flatten(2)
     if backend == "flash":
-        o = RotaryFlashAttention.apply(qkv, window, cu_seqlens, base, fraction)
+        o = RotaryAttention.apply(qkv, window, cu_seqlens, base, fraction)
     else:
         q, k, v = qkv.transpose(0, 1).unbind(-2)
         positions = torch.arange(x.shape[0], device=x.device)[None]

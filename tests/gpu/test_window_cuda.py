@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from based_mp.ops import backends
-from based_mp.ops.fused.rotary_attention import RotaryFlashAttention
+from based_mp.ops.fused.rotary_attention import RotaryAttention
 from based_mp.ops.reference import window_attention_naive
 from based_mp.ops.window_attention import causal_attention, rope, rotary_attention
 from based_mp.ops.window_cuda import _forward, rotary_window_attention, rotation_table
@@ -77,7 +77,7 @@ def errors(function, qkv, grad, window, bounds):
 
 
 def flash(qkv, window, cu):
-    return RotaryFlashAttention.apply(qkv * 1, window, cu, 10000.0, 1.0).transpose(0, 1)
+    return RotaryAttention.apply(qkv * 1, window, cu, 10000.0, 1.0).transpose(0, 1)
 
 
 @own

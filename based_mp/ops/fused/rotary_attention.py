@@ -1,4 +1,7 @@
-"""RoPE and torch's flash attention on a fused qkv projection, without copies of q, k, v or of their gradients."""
+"""RoPE and torch's attention kernels on a fused qkv projection, without copies of q, k, v or of their gradients.
+
+Full causal attention runs in cuDNN, windows and packed documents in the flash kernel; RoPE runs in Triton.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from based_mp.ops import backends
 
 
 def rope_frequency(half: int, base: float, device: torch.device) -> Tensor:
@@ -21,7 +26,7 @@ def rope_tables(seq: int, half: int, base: float, device: torch.device) -> tuple
     return angle.cos(), angle.sin()
 
 
-class RotaryFlashAttention(torch.autograd.Function):
+class RotaryAttention(torch.autograd.Function):
     """qkv [seq, batch, heads, 3, head_dim] → [batch, seq, heads, head_dim]. Overwrites qkv with the rotated q and k:
     only for the output of a projection that nobody else reads."""
 
@@ -36,11 +41,17 @@ class RotaryFlashAttention(torch.autograd.Function):
             q, k, v = qkv.transpose(0, 1).unbind(-2)
         else:
             q, k, v = qkv[:, 0].unbind(-2)
-        ctx.options = {"scale": dim ** -0.5, "window_size_left": -1 if window is None else window - 1,
-                       "window_size_right": 0}
+        ctx.options = {"scale": dim ** -0.5}
         ctx.causal = window is None
-        o, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, False, **ctx.options)
+        ctx.cudnn = ctx.causal and cu_seqlens is None and backends.cudnn_attention(*_heads_first(q, k, v))
+        if ctx.cudnn:
+            o, lse, _, _, _, _, rng, unused, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                *_heads_first(q, k, v), None, True, 0.0, True, False, **ctx.options)
+            o = o.transpose(1, 2)
+        else:
+            ctx.options |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+            o, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+                q, k, v, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, False, **ctx.options)
         ctx.save_for_backward(qkv, o, lse, rng, unused, cu_seqlens, *tables)
         ctx.dim = dim
         return (o if cu_seqlens is None else o[None])[..., :dim]
@@ -57,13 +68,22 @@ class RotaryFlashAttention(torch.autograd.Function):
         do = F.pad(do, (0, -ctx.dim % 8))
         if do.stride(-1) != 1:
             do = do.contiguous()
-        grads = torch.ops.aten._flash_attention_backward(
-            do, q, k, v, o, lse, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, rng, unused, **ctx.options)
+        if ctx.cudnn:
+            grads = _heads_first(*torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *_heads_first(do, q, k, v, o), lse, rng, unused, None, None, None, seq, seq, 0.0, True, **ctx.options))
+        else:
+            grads = torch.ops.aten._flash_attention_backward(
+                do, q, k, v, o, lse, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, rng, unused, **ctx.options)
         if cu_seqlens is None:
             grads = [g.transpose(0, 1)[..., : ctx.dim] for g in grads]
         else:
             grads = [g[:, None, :, : ctx.dim] for g in grads]
         return pack_gradients(*grads, cos, sin), None, None, None, None
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[batch, seq, heads, head_dim] → [batch, heads, seq, head_dim], and back."""
+    return [t.transpose(1, 2) for t in tensors]
 
 
 def _blocks(heads: int, half: int, dim: int) -> dict[str, int]:
