@@ -41,8 +41,9 @@ MICRO = {"based_360m": 8, "attention_360m": 8, "based_1.3b": 4, "attention_1.3b"
 LINE = re.compile(r"step +(\d+)/\d+ \| loss +(\S+) .*\| +([\d,]+) tok/s/rank \| MFU +(\S+)% \| mem +(\S+) GiB "
                   r"\| data wait +(\S+)%")
 GROUPS = {                                              # the first that matches a kernel's name
-    "Taylor linear attention": "TaylorArgs", "gated convolution": "GatedConvArgs", "softmax attention": "window_attention|flash|fmha",
-    "RoPE": "rope_", "RMSNorm + add": "norm_forward|norm_backward", "SwiGLU": "swiglu",
+    "Taylor linear attention": "TaylorArgs", "gated convolution": "GatedConvArgs",
+    "softmax attention": "window_attention|flash|fmha", "RoPE": "rope_",
+    "RMSNorm + add": "norm_forward|norm_backward", "SwiGLU": "swiglu",
     "cross-entropy": "cross_entropy", "optimizer": "multi_tensor|adam", "matrix products": "gemm|nvjet|cutlass|xmma",
     "embedding": "embedding|indexing_backward|radix|sort", "communication": "nccl",
     "copies and fills": "Mem(cpy|set)|copy|fill",

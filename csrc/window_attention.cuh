@@ -18,9 +18,17 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // How the tiles of a strip pass. Own tile s meets the ring's tiles first(s) .. last(s): those up to itself (keys of queries) or,
 // Ahead, those from itself on (queries of keys). Tile u of the ring is loaded together with own tile u - lag.
+struct Slots {                                        // tile i lies in slot i mod count, the turn-th that does
+    int count;
+    uint32_t inverse;
+    __host__ __device__ Slots(int n = 2) : count(n), inverse((uint32_t)((0x100000000ull + n - 1) / n)) {}     // n > 1
+    __device__ __forceinline__ int turn(int i) const { return (int)__umulhi((unsigned)i, inverse); }
+    __device__ __forceinline__ int of(int i) const { return i - turn(i) * count; }
+};
 struct Plan {
     int tiles, reach, strip, strips;                  // tiles of a sequence; of a window beyond the own one; of a strip; strips
-    int ring, own, ahead;                             // slots of the ring, for own tiles, tiles asked for before one is finished
+    Slots ring, own;
+    int ahead;                                        // tiles asked for before one is finished
 };
 template <bool Ahead> struct Walk {
     int begin, end, lag, start, count;                // own tiles begin .. end - 1; the ring's `count` tiles from `start` on
@@ -38,19 +46,22 @@ template <bool Ahead> struct Walk {
 
 // Addresses: the ring's tiles (First | Second a slot), own tiles (Owned a slot), row statistics, barriers.
 template <int D, int Owned> struct Shared {
-    uint32_t base;
-    int ring, own, stats;
-    __device__ __forceinline__ uint32_t slot(int i) const { return base + i % ring * 2 * kTile<D>; }
-    __device__ __forceinline__ uint32_t tile(int s) const { return base + (2 * ring + s % own * Owned) * kTile<D>; }
-    __device__ __forceinline__ uint32_t row_stats(int i) const { return base + (2 * ring + Owned * own) * kTile<D> + i % stats * kRows * 8; }
-    __device__ __forceinline__ uint32_t barriers() const { return row_stats(0) + stats * kRows * 8; }
-    __device__ __forceinline__ uint32_t full(int i) const { return barriers() + i % ring * 8; }
-    __device__ __forceinline__ uint32_t empty(int i) const { return barriers() + (ring + i % ring) * 8; }
-    __device__ __forceinline__ uint32_t free(int s) const { return barriers() + (2 * ring + s % own) * 8; }
+    uint32_t base, stats, barriers;
+    Slots ring, own;
+    __device__ __forceinline__ Shared(uint32_t at, const Plan& p, int rows) : base(at), ring(p.ring), own(p.own) {
+        stats = base + (2 * ring.count + Owned * own.count) * kTile<D>;
+        barriers = stats + rows * kRows * 8;
+    }
+    __device__ __forceinline__ uint32_t slot(int i) const { return base + ring.of(i) * 2 * kTile<D>; }
+    __device__ __forceinline__ uint32_t tile(int s) const { return base + (2 * ring.count + own.of(s) * Owned) * kTile<D>; }
+    __device__ __forceinline__ uint32_t row_stats(int slot) const { return stats + slot * kRows * 8; }
+    __device__ __forceinline__ uint32_t full(int i) const { return barriers + ring.of(i) * 8; }
+    __device__ __forceinline__ uint32_t empty(int i) const { return barriers + (ring.count + ring.of(i)) * 8; }
+    __device__ __forceinline__ uint32_t free(int s) const { return barriers + (2 * ring.count + own.of(s)) * 8; }
     __device__ __forceinline__ void init(int groups) const {
         if (threadIdx.x == 0) {
-            for (int i = 0; i < ring; ++i) { barrier_init(full(i), 4); barrier_init(empty(i), groups * 4); }
-            for (int i = 0; i < own; ++i) barrier_init(free(i), 4);
+            for (int i = 0; i < ring.count; ++i) { barrier_init(full(i), 4); barrier_init(empty(i), groups * 4); }
+            for (int i = 0; i < own.count; ++i) barrier_init(free(i), 4);
         }
         __syncthreads();
     }
@@ -77,81 +88,105 @@ template <int D> __device__ __forceinline__ void copy_tile(uint32_t to, const bf
         }
     });
 }
-// The line of device memory that `dots` will read.
+// Rows of o on their way to the L2 cache, for `Outputs`.
 template <int D> __device__ __forceinline__ void prefetch_tile(const bf16* from, int64_t pitch, int first, int seq) {
     for_rows([&](int, int row) {
         if (first_vector() * 32 < D && first + row < seq)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(from + (int64_t)(first + row) * pitch + first_vector() * 32));
     });
 }
+// What a lane needs of device memory to finish a tile, in registers before the tile is there. Angles turn pairs (i, i + D / 2)
+// of every row in place (Su et al. 2021, half-split layout).
 __device__ __forceinline__ float2 widen(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
-// Pairs (i, i + D / 2) of every row turned by its position's angles, in place (Su et al. 2021, half-split layout).
-template <int D> __device__ __forceinline__ void rotate_tile(uint32_t at, const void* rotation, int first, int seq) {
-    for_rows([&](int, int row) {
-        const uint4* table = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)min(first + row, seq - 1) * (D / 2));
-        #pragma unroll
-        for (int j = 0; j < (D + 63) / 64; ++j) {
-            const int vector = first_vector() + 4 * j;
-            if (vector >= D / 16) continue;
-            const uint32_t low_at = at + vector * kPlane + row * 16, high_at = low_at + D / 16 * kPlane;
-            const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = __ldg(table + vector * 2), t1 = __ldg(table + vector * 2 + 1);
-            const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w}, t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
-            uint32_t u[4], v[4];
+template <int D> struct Angles {
+    static constexpr int N = (D + 63) / 64;
+    uint4 table[2][N][2];
+    __device__ __forceinline__ Angles(const void* rotation, int first, int seq) {
+        for_rows([&](int half, int row) {
+            const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)min(first + row, seq - 1) * (D / 2));
             #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 p = widen(t[2 * i]), q = widen(t[2 * i + 1]);
-                u[i] = pack(low(x[i]) * p.x - low(y[i]) * p.y, high(x[i]) * q.x - high(y[i]) * q.y);
-                v[i] = pack(low(y[i]) * p.x + low(x[i]) * p.y, high(y[i]) * q.x + high(x[i]) * q.y);
+            for (int j = 0; j < N; ++j) {
+                const int vector = min(first_vector() + 4 * j, D / 16 - 1);
+                table[half][j][0] = __ldg(from + vector * 2);
+                table[half][j][1] = __ldg(from + vector * 2 + 1);
             }
-            store_shared_vector(low_at, u);
-            store_shared_vector(high_at, v);
-        }
-    });
-}
-// {lse, grad_o . o} of every row to `to`; behind the end {inf, 0}: no weight.
-template <int D> __device__ __forceinline__ void dots(uint32_t to, uint32_t grad, const bf16* o, int64_t pitch, const float* lse, int first, int seq) {
-    constexpr int N = (D + 31) / 32;
-    uint4 y[2][N];
-    for_rows([&](int half, int row) {
-        const uint4* from = reinterpret_cast<const uint4*>(o + (int64_t)min(first + row, seq - 1) * pitch);
-        #pragma unroll
-        for (int j = 0; j < N; ++j) y[half][j] = first_vector() + 4 * j < D / 8 ? __ldg(from + first_vector() + 4 * j) : uint4{};
-    });
-    for_rows([&](int half, int row) {
-        float dot = 0.f;
-        #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const int vector = first_vector() + 4 * j;
-            if (vector >= D / 8) continue;
-            const uint4 a = load_shared_vector(grad + vector * kPlane + row * 16), b = y[half][j];
-            dot += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
-                 + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
-        }
-        dot += __shfl_xor_sync(~0u, dot, 8);
-        dot += __shfl_xor_sync(~0u, dot, 16);
-        const bool inside = first + row < seq;
-        if (first_vector() == 0) {
-            store_shared(to + row * 8, __float_as_uint(inside ? lse[first + row] : INFINITY));
-            store_shared(to + row * 8 + 4, __float_as_uint(inside ? dot : 0.f));
-        }
-    });
-}
+        });
+    }
+    __device__ __forceinline__ void turn(uint32_t at) const {
+        for_rows([&](int half, int row) {
+            #pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const int vector = first_vector() + 4 * j;
+                if (vector >= D / 16) continue;
+                const uint32_t low_at = at + vector * kPlane + row * 16, high_at = low_at + D / 16 * kPlane;
+                const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = table[half][j][0], t1 = table[half][j][1];
+                const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w}, t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
+                uint32_t u[4], v[4];
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float2 p = widen(t[2 * i]), q = widen(t[2 * i + 1]);
+                    u[i] = pack(low(x[i]) * p.x - low(y[i]) * p.y, high(x[i]) * q.x - high(y[i]) * q.y);
+                    v[i] = pack(low(y[i]) * p.x + low(x[i]) * p.y, high(y[i]) * q.x + high(x[i]) * q.y);
+                }
+                store_shared_vector(low_at, u);
+                store_shared_vector(high_at, v);
+            }
+        });
+    }
+};
+// Rows of o and lse, and {lse, grad_o . o} of every row to `to`; behind the end {inf, 0}: no weight.
+template <int D> struct Outputs {
+    static constexpr int N = (D + 31) / 32;
+    uint4 o[2][N];
+    float sums[2];
+    __device__ __forceinline__ Outputs(const bf16* from, int64_t pitch, const float* lse, int first, int seq) {
+        for_rows([&](int half, int row) {
+            const int token = min(first + row, seq - 1);
+            const uint4* vectors = reinterpret_cast<const uint4*>(from + token * pitch);
+            #pragma unroll
+            for (int j = 0; j < N; ++j) o[half][j] = __ldg(vectors + min(first_vector() + 4 * j, D / 8 - 1));
+            sums[half] = first + row < seq ? __ldg(lse + token) : INFINITY;
+        });
+    }
+    __device__ __forceinline__ void dot(uint32_t to, uint32_t grad) const {
+        for_rows([&](int half, int row) {
+            float sum = 0.f;
+            #pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const int vector = first_vector() + 4 * j;
+                if (vector >= D / 8) continue;
+                const uint4 a = load_shared_vector(grad + vector * kPlane + row * 16), b = o[half][j];
+                sum += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
+                     + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
+            }
+            sum += __shfl_xor_sync(~0u, sum, 8);
+            sum += __shfl_xor_sync(~0u, sum, 16);
+            if (first_vector() == 0) {
+                store_shared(to + row * 8, __float_as_uint(sums[half]));
+                store_shared(to + row * 8 + 4, __float_as_uint(sum));
+            }
+        });
+    }
+};
 
-// ask(i) copies what index i needs; finish(i) rotates it once it is there. Index i holds ring tile start + i and own tile
+// Until the oldest copies but `ahead` tiles of this warp are there.
+__device__ __forceinline__ void wait_for_copies(int ahead) {
+    if (ahead) copies_wait<1>(); else copies_wait<0>();
+    __syncwarp();
+}
+// ask(i) copies what index i needs; finish(i) waits for it and rotates it. Index i holds ring tile start + i and own tile
 // start + i - lag, where there are such.
 template <bool Ahead, typename S, typename A, typename F>
 __device__ __forceinline__ void load(const Walk<Ahead>& w, const S& m, A ask, F finish) {
     for (int i = 0; i < w.count + w.plan.ahead; ++i) {
         if (i < w.count) {
             const int s = w.start + i - w.lag - w.begin;
-            if (i >= m.ring) barrier_wait(m.empty(i), (i / m.ring - 1) & 1);
-            if (s >= m.own) barrier_wait(m.free(s), (s / m.own - 1) & 1);
+            if (i >= m.ring.count) barrier_wait(m.empty(i), m.ring.turn(i) - 1 & 1);
+            if (s >= m.own.count) barrier_wait(m.free(s), m.own.turn(s) - 1 & 1);
             ask(i);
         }
         copies_commit();
         if (i < w.plan.ahead) continue;
-        if (w.plan.ahead) copies_wait<1>(); else copies_wait<0>();
-        __syncwarp();
         finish(i - w.plan.ahead);
         fence_for_tensor_cores();
         warp_arrive(m.full(i - w.plan.ahead));
@@ -165,7 +200,7 @@ template <bool Ahead, typename S> struct Consumer {
     const S& m;
     int released;
     __device__ __forceinline__ Consumer(const Walk<Ahead>& walk, const S& shared) : w(walk), m(shared), released(walk.start) {}
-    __device__ __forceinline__ void wait_index(int i) const { barrier_wait(m.full(i), i / m.ring & 1); }
+    __device__ __forceinline__ void wait_index(int i) const { barrier_wait(m.full(i), m.ring.turn(i) & 1); }
     // Hands tiles before `limit` back, each once it is there: another warpgroup may still wait for it.
     __device__ __forceinline__ void release(int limit) {
         for (; released < limit; ++released) {
@@ -285,13 +320,15 @@ template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int gr
     if (p.reach > p.tiles - 1) p.reach = p.tiles - 1;
     const auto fits = [&](int ring, int own) { return bytes(ring, own) <= kMaxShared; };
     p.ahead = fits(p.reach + 2, 2) ? 1 : 0;
-    p.ring = p.reach + 1 + p.ahead;
-    p.own = 1 + p.ahead;
+    int ring = p.reach + 1 + p.ahead, own = 2;
+    if (ring < 2) ring = 2;
     for (bool grown = true; grown;) {
         grown = false;
-        if (p.own < 2 * groups && fits(p.ring, p.own + 1)) { ++p.own; grown = true; }
-        if (p.ring < p.reach + 1 + 2 * groups && fits(p.ring + 1, p.own)) { ++p.ring; grown = true; }
+        if (own < 2 * groups && fits(ring, own + 1)) { ++own; grown = true; }
+        if (ring < p.reach + 1 + 2 * groups && fits(ring + 1, own)) { ++ring; grown = true; }
     }
+    p.ring = Slots(ring);
+    p.own = Slots(own);
     int device = 0, processors = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);

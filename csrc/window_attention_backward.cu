@@ -7,7 +7,7 @@
 
 namespace window_attention {
 
-constexpr int kGroups = 2, kThreads = (kGroups + 1) * 128, kLoaderRegisters = 72, kRegisters = 216;
+constexpr int kGroups = 2, kThreads = (kGroups + 1) * 128, kLoaderRegisters = 88, kRegisters = 208;
 template <int D> constexpr int kColumns = D <= 112 ? 64 : 32;           // of the scores at a time, as registers allow
 
 struct Pointers {
@@ -32,11 +32,21 @@ __device__ __forceinline__ void load_strip(const WindowAttentionArgs& a, const W
             if (!Keys) prefetch_tile<D>(p.o, p.out, s * kRows, a.seq);
         }
     }, [&](int i) {
-        const int u = w.start + i, s = u - w.lag;
-        if (Keys && u < w.plan.tiles) dots<D>(m.row_stats(i), m.slot(i) + kTile<D>, p.o, p.out, p.lse, u * kRows, a.seq);
-        if (!Keys && s >= w.begin) dots<D>(m.row_stats(s - w.begin), m.tile(s - w.begin) + kTile<D>, p.o, p.out, p.lse, s * kRows, a.seq);
-        if (u < w.plan.tiles) rotate_tile<D>(m.slot(i), a.rotation, u * kRows, a.seq);
-        if (s >= w.begin) rotate_tile<D>(m.tile(s - w.begin), a.rotation, s * kRows, a.seq);
+        const int u = w.start + i, s = u - w.lag, row = Keys ? u : s;
+        const bool ring = u < w.plan.tiles, own = s >= w.begin;
+        const Angles<D> early(a.rotation, u * kRows, a.seq);
+        const Outputs<D> outputs(p.o, p.out, p.lse, row * kRows, a.seq);
+        wait_for_copies(w.plan.ahead);
+        if (Keys ? ring : own) {
+            if (Keys) outputs.dot(m.row_stats(m.ring.of(i)), m.slot(i) + kTile<D>);
+            else outputs.dot(m.row_stats(m.own.of(s - w.begin)), m.tile(s - w.begin) + kTile<D>);
+        }
+        const Angles<D> angles = D <= 64 ? early : Angles<D>(a.rotation, u * kRows, a.seq);     // both have no registers
+        if (ring) angles.turn(m.slot(i));
+        if (own) {
+            if (Keys && w.lag) Angles<D>(a.rotation, s * kRows, a.seq).turn(m.tile(s - w.begin));
+            else angles.turn(m.tile(s - w.begin));
+        }
     });
 }
 
@@ -55,13 +65,14 @@ __device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, con
         ring.begin(s);
         if (!Keys) {
             #pragma unroll
-            for (int i = 0; i < 2; ++i) stats[i] = load_shared2(m.row_stats(s - w.begin) + (warp * 16 + (lane >> 2) + i * 8) * 8);
+            for (int i = 0; i < 2; ++i) stats[i] = load_shared2(m.row_stats(m.own.of(s - w.begin)) + (warp * 16 + (lane >> 2) + i * 8) * 8);
         }
         const int from = w.first(s), last = w.last(s), next = w.first(s + kGroups);
         #pragma unroll 1
         for (int v = from * kParts; v < (last + 1) * kParts; ++v) {
             const int u = v / kParts, first = v % kParts * N;
             const uint32_t slot = ring.slot(u) + first * 16;
+            const uint32_t stats_at = m.row_stats(m.ring.of(u - w.start));
             float x[N / 2], y[N / 2];
             wgmma_begin();
             multiply_rows<D, N>(x, own, slot);
@@ -76,7 +87,7 @@ __device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, con
                 #pragma unroll
                 for (int n = 2 * j; n < 2 * j + 2; ++n) {
                     float4 column;                                     // {lse, grad_o . o} of two columns
-                    if (Keys) column = load_shared4(m.row_stats(u - w.start) + (first + n * 8 + 2 * t) * 8);
+                    if (Keys) column = load_shared4(stats_at + (first + n * 8 + 2 * t) * 8);
                     #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const float lse = Keys ? (e & 1 ? column.z : column.x) : stats[e >> 1].x;
@@ -109,7 +120,7 @@ backward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_cons
     extern __shared__ __align__(128) char shared[];
     const bool keys = blockIdx.x & 1;
     const int strip = blockIdx.x / 2 % plan.strips, index = blockIdx.x / 2 / plan.strips, head = index % a.heads, batch = index / a.heads;
-    const Shared<D, 2> m{address(shared), plan.ring, plan.own, keys ? plan.ring : plan.own};
+    const Shared<D, 2> m(address(shared), plan, keys ? plan.ring.count : plan.own.count);
     Pointers p;
     p.q = static_cast<const bf16*>(a.qkv) + batch * a.stride[1] + head * a.stride[2];
     p.k = p.q + a.stride[3];
@@ -134,7 +145,7 @@ backward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_cons
 template <int D> int backward(const WindowAttentionArgs& a) {
     const auto bytes = [](int ring, int own) { return 2 * (ring + own) * kTile<D> + (ring > own ? ring : own) * kRows * 8 + (2 * ring + own) * 8; };
     const Plan p = make_plan(a, kGroups, 2, bytes);
-    return launch(backward_kernel<D>, a, p, 2, kThreads, bytes(p.ring, p.own));
+    return launch(backward_kernel<D>, a, p, 2, kThreads, bytes(p.ring.count, p.own.count));
 }
 
 }  // namespace window_attention

@@ -9,7 +9,7 @@ constexpr int kGroups = 3, kThreads = (kGroups + 1) * 128, kLoaderRegisters = 80
 
 template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan) {
     extern __shared__ __align__(128) char shared[];
-    const Shared<D, 1> m{address(shared), plan.ring, plan.own, 0};
+    const Shared<D, 1> m(address(shared), plan, 0);
     const Walk<false> w(plan, blockIdx.x % plan.strips);
     const int head = blockIdx.x / plan.strips % a.heads, batch = blockIdx.x / plan.strips / a.heads;
     const bf16* q = static_cast<const bf16*>(a.qkv) + batch * a.stride[1] + head * a.stride[2];
@@ -24,8 +24,10 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
             if (u >= w.begin) copy_tile<D>(m.tile(u - w.begin), q, a.stride[0], token, a.seq);
         }, [&](int i) {
             const int u = w.start + i;
-            rotate_tile<D>(m.slot(i), a.rotation, u * kRows, a.seq);
-            if (u >= w.begin) rotate_tile<D>(m.tile(u - w.begin), a.rotation, u * kRows, a.seq);
+            const Angles<D> angles(a.rotation, u * kRows, a.seq);
+            wait_for_copies(plan.ahead);
+            angles.turn(m.slot(i));
+            if (u >= w.begin) angles.turn(m.tile(u - w.begin));
         });
         return;
     }
@@ -97,7 +99,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
 template <int D> int forward(const WindowAttentionArgs& a) {
     const auto bytes = [](int ring, int own) { return (2 * ring + own) * kTile<D> + (2 * ring + own) * 8; };
     const Plan p = make_plan(a, kGroups, 1, bytes);
-    return launch(forward_kernel<D>, a, p, 1, kThreads, bytes(p.ring, p.own));
+    return launch(forward_kernel<D>, a, p, 1, kThreads, bytes(p.ring.count, p.own.count));
 }
 
 }  // namespace window_attention
