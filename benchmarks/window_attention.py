@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """RoPE and sliding-window attention as training calls them, beside what torch has, after a correctness gate.
 
-python benchmarks/window_attention.py. Forward / backward in microseconds, medians over replays of a CUDA graph. From
-one qkv buffer [seq, batch, heads, 3, head_dim] to [seq, batch, heads · head_dim] and back; "alone" and flex_attention
-leave RoPE and the gradients' way into one buffer out. Floor: qkv and o (and their gradients) once at 3 TB/s, or the
+python benchmarks/window_attention.py. Forward / backward in microseconds, medians; host time left out. From one
+qkv buffer [seq, batch, heads, 3, head_dim] to [seq, batch, heads · head_dim] and back; "alone" and flex_attention leave
+RoPE and the gradients' way into one buffer out. Floor: qkv and o (and their gradients) once at 3 TB/s, or the
 visible products at the measured matrix-product rate, whichever is longer (forward 4·head_dim FLOPs a visible key,
 backward 2.5 times as many). Below, full causal attention without RoPE: torch's flash kernel and cuDNN's.
 """
@@ -33,29 +33,24 @@ from benchmarks.train_throughput import matmul_rate  # noqa: E402
 Way = Callable[..., Tensor]               # of the qkv buffer, or of q, k, v [batch, seq, heads, head_dim], its views
 SHAPES = [(8, 2048, 16, 64), (4, 2048, 16, 112)]
 FULL = [(8, 2048, 16, 64), (1, 16384, 16, 64)]
-CALLS = 5
+CALLS = 10
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Of one call, host time left out."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """Of one call on the GPU: it sleeps while the host queues the calls."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(15):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(10_000_000)
+        start.record()
         for _ in range(CALLS):
             call()
-    times = []
-    for _ in range(23):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / CALLS)
-    return statistics.median(times[3:])
+    return statistics.median(times)
 
 
 def heads_of(x: Tensor) -> list[Tensor]:

@@ -37,9 +37,10 @@ def test_packed_window_attention_in_bf16(window):
         assert ((got[:, a:b] - expected).norm() / expected.norm()).item() < 4e-3
 
 
-def error(a, b):
+def error(a, b, least=0.0):
+    """Relative to b, or to what b is compared with where it is nearly nothing (dq and dk of window 1 are zero)."""
     assert a.isfinite().all()
-    return ((a.double() - b).norm() / b.norm().clamp_min(1e-3)).item()
+    return ((a.double() - b).norm() / b.norm().clamp_min(least)).item()
 
 
 def reference(qkv, window, bounds):
@@ -73,7 +74,7 @@ def errors(function, qkv, grad, window, bounds):
     finally:
         torch.use_deterministic_algorithms(False)
     assert dqkv.shape == qkv.shape and o.dtype == dqkv.dtype == torch.bfloat16
-    return [error(o, expected), *(error(dqkv[:, :, :, i], truth[:, :, :, i]) for i in range(3))]
+    return [error(o, expected), *(error(dqkv[:, :, :, i], truth[:, :, :, i], 0.01 * truth.norm()) for i in range(3))]
 
 
 def flash(qkv, window, cu):
