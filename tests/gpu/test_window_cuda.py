@@ -11,7 +11,7 @@ from based_mp.ops import backends
 from based_mp.ops.fused.rotary_attention import RotaryAttention
 from based_mp.ops.reference import window_attention_naive
 from based_mp.ops.window_attention import causal_attention, rope, rotary_attention
-from based_mp.ops.window_cuda import _forward, rotary_window_attention, rotation_table
+from based_mp.ops.window_cuda import _forward, rotary_window_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 own = pytest.mark.skipif(torch.cuda.is_available() and backends.extension() is None, reason="needs based_mp._C")
@@ -132,10 +132,9 @@ def test_strided_inputs_and_bitwise_repeatable():
 @own
 def test_opcheck_and_compile():
     qkv, grad = inputs(130, 1, 2, 64)
-    table = rotation_table(130, 32, 10000.0, qkv.device)
     cu = torch.tensor([0, 30, 130], dtype=torch.int32, device="cuda")
     for bounds in (None, cu):
-        torch.library.opcheck(_forward, (qkv.requires_grad_(), table, bounds, 64),
+        torch.library.opcheck(_forward, (qkv.requires_grad_(), bounds, 64, 10000.0),
                               test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     x = qkv.detach().flatten(2).requires_grad_()
     compiled = torch.compile(lambda x: rotary_attention(x, 2, window=64) * 2, fullgraph=True)
