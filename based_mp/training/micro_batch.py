@@ -7,9 +7,12 @@ everything is compiled, allocated and connected before it is recorded.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from based_mp.config import BASED_MIXERS, Config
@@ -80,8 +83,9 @@ class MicroBatch:
         self.inputs = {name: torch.empty_like(value) for name, value in batch.items()}
         self.counted = torch.ones((), device=self.device)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog asks for its events meanwhile.
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        # thread_local: NCCL's watchdog asks for its events meanwhile. Nothing draws random numbers.
+        with mock.patch.object(get_cuda_rng_tracker(), "fork", contextlib.nullcontext), torch.cuda.graph(
+                self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             share = self._share(self.engine.module, self.inputs, self.counted)
             (share * self.dp_size).backward()
             self.share = share.detach()
