@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from based_mp.ops.linear_attention import taylor_linear_attention
 from based_mp.ops.reference import taylor_chunked, taylor_denominator
 from benchmarks import thunderkittens
 from benchmarks.record import git_commit
+from benchmarks.timing import median_us
 
 SHAPES = [(8, 16, 2048, 64), (4, 16, 2048, 112), (2, 16, 8192, 64), (1, 16, 32768, 64), (1, 16, 2048, 64),
           (8, 16, 1024, 64)]
@@ -34,27 +34,18 @@ GOALS = {(8, 16, 2048, 64): (56, 170), (4, 16, 2048, 112): (50, 150), (2, 16, 81
          (1, 16, 32768, 64): (112, 340), (1, 16, 2048, 64): (20, 50)}
 
 
-def elapsed_us(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
-def median_us(calls: list[Callable[[], object]], repeats: int = 15, captured: bool = True) -> float:
+def rotated_us(calls: list[Callable[[], object]], repeats: int = 15, captured: bool = True) -> float:
     """Median time of one call; `calls` work on different inputs, in one graph where they can be captured."""
     for call in calls:
         call()
     torch.cuda.synchronize()
     if not captured:
-        return statistics.median(elapsed_us(lambda: [call() for call in calls]) for _ in range(repeats)) / len(calls)
+        return median_us(lambda: [call() for call in calls], repeats) / len(calls)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return statistics.median(elapsed_us(graph.replay) for _ in range(repeats)) / len(calls)
+    return median_us(graph.replay, repeats) / len(calls)
 
 
 def gate(d: int, peer: Callable[..., torch.Tensor] | None) -> dict[str, list[float]]:
@@ -89,10 +80,10 @@ def fla_ops() -> dict[str, Callable[..., torch.Tensor]]:
 def peer_times(op: Callable[..., torch.Tensor], b: int, h: int, n: int, d: int, copies: int) -> tuple[float, float]:
     sets = [[torch.randn(b, n, h, e, device="cuda", dtype=torch.bfloat16) for e in (16, 16, d, d)]
             for _ in range(copies)]
-    forward = median_us([lambda x=x: op(*x[:3]) for x in sets], 5)
+    forward = rotated_us([lambda x=x: op(*x[:3]) for x in sets], 5)
     leaves = [[t.requires_grad_() for t in x[:3]] for x in sets]
     outputs = [op(*x) for x in leaves]
-    backward = median_us([lambda x=x, y=y, g=g: torch.autograd.grad(y, x, g[3], retain_graph=True)
+    backward = rotated_us([lambda x=x, y=y, g=g: torch.autograd.grad(y, x, g[3], retain_graph=True)
                           for x, y, g in zip(leaves, outputs, sets, strict=True)], 5, captured=False)
     return forward, backward
 
@@ -100,10 +91,10 @@ def peer_times(op: Callable[..., torch.Tensor], b: int, h: int, n: int, d: int, 
 def taylor_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, float]:
     sets = [[torch.randn(b, n, h, e, device="cuda", dtype=torch.bfloat16) for e in (16, 16, d, d)]
             for _ in range(copies)]
-    forward = median_us([lambda x=x: taylor_linear_attention(*x[:3]) for x in sets])
+    forward = rotated_us([lambda x=x: taylor_linear_attention(*x[:3]) for x in sets])
     saved = [taylor_cuda.taylor_forward(*x[:3], None, None, None, 0.25, False) for x in sets]
     held = taylor_cuda.holds_states(*sets[0][1:3], None, False)
-    backward = median_us([
+    backward = rotated_us([
         lambda x=x, y=y: taylor_cuda.taylor_backward(x[3], *y[:3], *x[:3], None, None, None, 0.25, False, held)
         for x, y in zip(sets, saved, strict=True)])
     return forward, backward
@@ -123,7 +114,7 @@ def thunderkittens_error(op: Callable[..., torch.Tensor]) -> float:
 def thunderkittens_times(op: Callable[..., torch.Tensor], b: int, h: int, n: int, d: int,
                          copies: int) -> tuple[float, float]:
     sets = [[torch.randn(b, h, n, e, device="cuda", dtype=torch.bfloat16) for e in (16, 16, d)] for _ in range(copies)]
-    return median_us([lambda x=x: op(*x) for x in sets]), float("nan")
+    return rotated_us([lambda x=x: op(*x) for x in sets]), float("nan")
 
 
 def flash_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, float]:
@@ -132,9 +123,9 @@ def flash_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, flo
     sets = [[torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(4)] for _ in range(copies)]
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        forward = median_us([lambda x=x: F.scaled_dot_product_attention(*x[:3], is_causal=True) for x in sets])
+        forward = rotated_us([lambda x=x: F.scaled_dot_product_attention(*x[:3], is_causal=True) for x in sets])
     saved = [ops._scaled_dot_product_flash_attention(*x[:3], 0.0, True) for x in sets] if d % 8 == 0 else []
-    backward = median_us([
+    backward = rotated_us([
         lambda x=x, y=y: ops._scaled_dot_product_flash_attention_backward(
             x[3], *x[:3], y[0], y[1], y[2], y[3], y[4], y[5], 0.0, True, y[6], y[7])
         for x, y in zip(sets, saved, strict=True)])

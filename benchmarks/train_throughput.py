@@ -37,6 +37,7 @@ sys.path.insert(0, str(REPO))
 from based_mp.config import Config, load_config  # noqa: E402
 from based_mp.estimate import GIB, flops_per_token, memory_per_gpu  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
+from benchmarks.timing import matmul_rate  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
 MICRO = dict.fromkeys(["based_360m", "attention_360m", "based_1.3b", "attention_1.3b"], 8)     # at 2048 tokens
@@ -58,21 +59,6 @@ def synthetic(prefix: Path, tokens: int, vocab: int = 50257) -> None:
     ids = np.minimum(rng.zipf(1.2, documents * 1000) - 1, vocab - 1).astype(np.uint16)
     ids.tofile(prefix.with_suffix(".bin"))
     write_index(prefix.with_suffix(".idx"), [np.full(documents, 1000, np.int32)], np.dtype(np.uint16), documents)
-
-
-def matmul_rate() -> float:
-    """TFLOP/s of an 8192³ bf16 matrix product, the best of five times ten."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            a @ b
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e4)
-    return 2 * 8192**3 / min(seconds[1:]) / 1e12
 
 
 def overrides(data: str, cache: str, steps: int, length: int, micro: int, accumulation: int,
