@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +91,19 @@ def train(config: str, arguments: list[str], environment: dict[str, str] | None 
             "first_step_seconds": first}
 
 
-def compare(config: str, arguments: list[str], tensorboard: str | None = None) -> tuple[list[float], list[float]]:
-    """Losses of the same run with the kernels and in plain torch. Exits where either fails."""
-    results = []
-    for name, backend in {"kernels": "", "plain_torch": "torch"}.items():
-        events = [f"logging.tensorboard_dir={tensorboard}/{name}"] if tensorboard else []
-        results.append(train(config, [*arguments, *events], {"BASED_MP_BACKEND": backend}))
-    for result in results:
-        if "error" in result:
-            raise SystemExit(f"the check of the losses failed, nothing timed:\n{result['error']}")
-    return results[0]["losses"], results[1]["losses"]
+def losses(config: str, arguments: list[str], backend: str = "") -> list[float]:
+    """Of every step of a run; backend "torch": in plain torch. Exits where it fails."""
+    result = train(config, arguments, {"BASED_MP_BACKEND": backend})
+    if "error" in result:
+        raise SystemExit(f"the check of the losses failed, nothing timed:\n{result['error']}")
+    return result["losses"]
 
 
 def gate(data: str, cache: str) -> float:
     """Largest difference of ten steps' losses from plain torch's; exits where it is more than bf16 explains."""
     small = ["model.num_layers=6", "model.linear_attention_layers=[1]", "model.sliding_attention_layers=[2]"]
-    ours, torchs = compare("based_360m", overrides(data, cache, 10, 512, 2, 2, *small))
+    arguments = overrides(data, cache, 10, 512, 2, 2, *small)
+    ours, torchs = losses("based_360m", arguments), losses("based_360m", arguments, "torch")
     worst = max(abs(a - b) for a, b in zip(ours, torchs, strict=True))
     if not worst < 0.02 or len(ours) != 10:
         raise SystemExit(f"losses differ from plain torch's by {worst}, nothing timed:\n{ours}\n{torchs}")
@@ -174,7 +172,7 @@ def largest(config: str, recompute: str, length: int) -> dict[str, Any]:
     known = max(2, MICRO[config] * 2048 // length)
     peaks = {n: peak(n) for n in (known // 2, known)}
     slope = (peaks[known] - peaks[known // 2]) / (known - known // 2)
-    micro = max(known, int(0.85 * (known + (total - peaks[known]) / slope)))
+    micro = max(known, int(0.9 * (known + (total - peaks[known]) / slope)))
     try:
         while True:
             peaks[micro] = peak(micro)
@@ -200,16 +198,25 @@ def print_largest(configs: list[str], length: int) -> None:
                   f"{row['estimate_gib']:.1f} | {row['estimate_micro_batch']} |", flush=True)
 
 
-def print_curve(ours: list[float], torchs: list[float]) -> None:
-    """Means of 50 steps, and the largest difference of means of ten."""
-    def means(losses: list[float], steps: int) -> list[float]:
-        return [statistics.mean(losses[i : i + steps]) for i in range(0, len(losses), steps)]
+def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
+    """Losses of based_360m with the kernels, in plain torch, and (for what rounding alone does) with the kernels on the
+    same batches in halves: means of 50 steps, and the largest differences of means of ten."""
+    found = {}
+    for name, part, backend in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, "")):
+        written = [f"logging.tensorboard_dir={events}/{name}"] if events else []
+        found[name] = losses("based_360m", [*arguments(micro // part, accumulation * part), *written], backend)
 
-    print("| steps | kernels | plain torch | difference |\n|---|---|---|---|")
-    for i, (a, b) in enumerate(zip(means(ours, 50), means(torchs, 50), strict=True)):
-        print(f"| {50 * i + 1}–{50 * i + 50} | {a:.4f} | {b:.4f} | {a - b:+.4f} |")
-    worst = max((a - b for a, b in zip(means(ours, 10), means(torchs, 10), strict=True)), key=abs)
-    print(f"largest difference of the means of ten steps: {worst:+.4f}")
+    def means(steps: int) -> list[list[float]]:
+        """Of each run, one after the other."""
+        return [[statistics.mean(x[i : i + steps]) for i in range(0, len(x), steps)] for x in found.values()]
+
+    print("| steps | kernels | plain torch | difference | halves | difference |\n" + "|---" * 6 + "|")
+    for i, (ours, *others) in enumerate(zip(*means(50), strict=True)):
+        cells = " | ".join(f"{x:.4f} | {x - ours:+.4f}" for x in others)
+        print(f"| {50 * i + 1}–{50 * i + 50} | {ours:.4f} | {cells} |")
+    ours, *others = means(10)
+    worst = [max((b - a for a, b in zip(ours, x, strict=True)), key=abs) for x in others]
+    print(f"largest difference of the means of ten steps: plain torch {worst[0]:+.4f}, halves {worst[1]:+.4f}")
 
 
 def main() -> None:
@@ -225,8 +232,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
-    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m and of plain torch, on --data")
-    parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's two runs, for learning_curves.py")
+    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m beside plain torch, on --data")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's runs, for learning_curves.py")
     parser.add_argument("--largest", action="store_true", help="the most sequences that fit, recompute none and norms")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     parser.add_argument("--json", help="append the record to this file, one line a run")
@@ -252,9 +259,8 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
         print(profile(name, overrides(data, cache, 8, length, micro(name, length), 1, "data.num_workers=0", *more)))
         return
     if args.curve:
-        ours, torchs = compare("based_360m", overrides(data, cache, args.curve, args.length[0], args.micro_batch or 8,
-                                                       args.accumulation, *more), args.tensorboard)
-        print_curve(ours, torchs)
+        curve(lambda *sizes: overrides(data, cache, args.curve, args.length[0], *sizes, *more), args.micro_batch or 8,
+              args.accumulation, args.tensorboard)
         return
     if args.largest:
         print_largest(args.config, args.length[0])

@@ -22,9 +22,8 @@ from tests.models import tiny_config
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.extension() is None, reason="needs a Hopper GPU and based_mp._C")
 STEPS, WINDOW, VOCAB = 200, 20, 64
-MODEL = {"d_model": 128, "num_heads": 2, "num_layers": 3, "linear_attention_layers": [1, 2],
-         "sliding_attention_layers": [], "feature_dim": 16, "ffn_hidden_size": 256, "vocab_size": VOCAB,
-         "init_std": 0.1}
+MODEL = {"d_model": 128, "num_heads": 2, "num_layers": 2, "linear_attention_layers": [1], "feature_dim": 16,
+         "sliding_attention_layers": [], "ffn_hidden_size": 256, "vocab_size": VOCAB, "init_std": 0.1}
 
 
 class Rounded(torch.autograd.Function):
@@ -62,6 +61,8 @@ def train(model: torch.nn.Module, start: list[Tensor], op: Callable[..., Tensor]
     """Losses [steps] of one batch again and again, bf16 with fp32 master weights, from the weights `start`."""
     parameters, device = list(model.parameters()), start[0].device
     masters = [w.clone() for w in start]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
     optimizer = torch.optim.SGD(masters, lr=3e-3, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     symbols = torch.randint(0, VOCAB, (4, 8), generator=generator)                    # of each sequence
@@ -76,8 +77,8 @@ def train(model: torch.nn.Module, start: list[Tensor], op: Callable[..., Tensor]
             loss = forward_loss(model, batch)
             loss.backward()
             losses.append(loss.detach())
-            for parameter, master in zip(parameters, masters, strict=True):
-                master.grad, parameter.grad = parameter.grad.float(), None
+            torch._foreach_copy_([w.grad for w in masters], [p.grad for p in parameters])
+            model.zero_grad()
             optimizer.step()
     return torch.stack(losses).double().cpu()
 
