@@ -112,9 +112,9 @@ def thunderkittens_error(op: Callable[..., torch.Tensor]) -> float:
 
 
 def thunderkittens_times(op: Callable[..., torch.Tensor], b: int, h: int, n: int, d: int,
-                         copies: int) -> tuple[float, float]:
+                         copies: int) -> tuple[float, None]:
     sets = [[torch.randn(b, h, n, e, device="cuda", dtype=torch.bfloat16) for e in (16, 16, d)] for _ in range(copies)]
-    return rotated_us([lambda x=x: op(*x) for x in sets]), float("nan")
+    return rotated_us([lambda x=x: op(*x) for x in sets]), None
 
 
 def flash_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, float]:
@@ -164,11 +164,12 @@ def main() -> None:
                 others[name] = times(*shape, 2)
             except (RuntimeError, TypeError, ValueError, AssertionError) as e:
                 print(f"{name} could not be timed:", str(e)[:200])
-                others[name] = (float("nan"), float("nan"))
+                others[name] = (None, None)
         goal = GOALS.get(shape, ("-", "-"))
         record["rows"].append({"shape": shape, "forward_us": forward, "backward_us": backward, "peers_us": others})
         lines.append(f"| {b},{h},{n},{d} | {forward:.0f} ({goal[0]}) | {backward:.0f} ({goal[1]}) | "
-                     + " | ".join(f"{others[name][0]:.0f} / {others[name][1]:.0f}" for name in systems) + " |")
+                     + " | ".join(" / ".join("–" if us is None else f"{us:.0f}" for us in others[name])
+                                  for name in systems) + " |")
     for d, found in errors.items():
         print(f"head_dim {d}, relative errors of o, dq, dk, dv:",
               {name: [f"{e:.1e}" for e in values] for name, values in found.items()})
