@@ -18,7 +18,6 @@ from based_mp.config import Config
 from based_mp.data.datasets import Datasets, batches, build_datasets, check_corpora, prepare_cache
 from based_mp.evaluation.perplexity import corpus_loss
 from based_mp.evaluation.slices import RecallSlices
-from based_mp.model.based_model import token_losses
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt

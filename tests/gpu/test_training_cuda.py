@@ -70,7 +70,8 @@ def run(ranks, folder, *, steps, graph=True, before_step=lambda step: None, **se
         synthetic(folder / "data", 40_000, 120)
     ours = {"model": SMALL, "data": {"train": [{"path": str(folder / "data")}], "cache_dir": str(folder / "cache")},
             "training": {"precision": "bf16", "device": "cuda", "steps": steps, "seq_length": 128, "cuda_graph": graph},
-            "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4}, "validation": {"interval": 0}, "logging": {"log_interval": 1}}
+            "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4}, "validation": {"interval": 0},
+            "logging": {"log_interval": 1}}
     config = tiny_config(**{name: {**(MODEL if name == "model" else {}), **ours.get(name, {}), **sections.get(name, {})}
                             for name in ours.keys() | sections.keys()})
     torch.manual_seed(5)
