@@ -109,6 +109,7 @@ def test_goes_on_from_saved_and_resharded(ranks, tmp_path):
     straight, _ = run(ranks, tmp_path, steps=8, checkpoint={"dir": str(tmp_path / "straight"), "interval": 4})
     saved = tmp_path / "straight/step_00000004"
     shutil.copytree(saved, tmp_path / "saved" / saved.name)
+    (tmp_path / "saved/latest").write_text(saved.name)
     reshard.reshard(saved, tmp_path / "resharded")
     for folder in ("saved", "resharded"):
         lines, trainer = run(ranks, tmp_path, steps=8, checkpoint={"dir": str(tmp_path / folder), "interval": 4})
