@@ -32,7 +32,7 @@ TAGS = {"all tokens": "perplexity", "AR hits": "ar_hits_perplexity", "other toke
 
 
 def corpora(paths: list[str], batch_tokens: int) -> list[dict[str, object]]:
-    """data.valid: every prefix with a whole batch, weighted by its tokens."""
+    """data.valid: every prefix with the tokens of its batches; all count the same, as their batches are as many."""
     prefixes = sorted({str(Path(p).with_suffix("")) if Path(p).suffix in (".bin", ".idx", ".json") else p
                        for p in paths})
     sizes = {prefix: len(IndexedDataset(prefix).data) for prefix in prefixes if Path(prefix + ".idx").exists()}
@@ -41,7 +41,7 @@ def corpora(paths: list[str], batch_tokens: int) -> list[dict[str, object]]:
         sys.exit(f"error: none of {len(prefixes)} validation corpora has the {batch_tokens} tokens of its batches")
     for prefix in sorted(set(sizes) - set(kept)):
         print(f"{prefix} has {sizes[prefix]} tokens, fewer than its batches: left out")
-    return [{"path": prefix, "weight": float(size)} for prefix, size in kept.items()]
+    return [{"path": prefix} for prefix in kept]
 
 
 def train(name: str, config: str, a: argparse.Namespace, folder: Path) -> None:
