@@ -16,6 +16,8 @@ the rate of an 8192³ bf16 matrix product measured in this run. First step: seco
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -143,28 +145,36 @@ def profile(config: str, arguments: list[str]) -> str:
                       "|---|---|---|", *rows, "largest of the element-wise, copies and other:", *largest])
 
 
+def prepare() -> None:
+    """What `largest` imports: it takes seconds, and processes can do it side by side."""
+    importlib.import_module("based_mp.training.micro_batch")
+
+
 def largest(config: str, recompute: str, length: int) -> dict[str, Any]:
     """The most sequences whose training step fits in this GPU, approached from below along a straight line through two
     that are known to fit. In a process of its own: DeepSpeed keeps an engine's memory."""
-    from based_mp.model.based_model import forward_loss
     from based_mp.parallel import state
     from based_mp.training.engine import build_engine
+    from based_mp.training.micro_batch import MicroBatch, use_own_stream
 
     def settings(micro: int) -> Config:
         return load_config(REPO / f"configs/{config}.yaml", [
             f"training.recompute={recompute}", f"training.seq_length={length}", f"training.micro_batch_size={micro}",
             f"training.global_batch_size={micro}"])
 
-    engine = build_engine(settings(1), state.initialize(device="cuda"))
+    ranks = state.initialize(device="cuda")
+    use_own_stream(ranks.device)
+    engine = build_engine(settings(1), ranks)
 
     def peak(micro: int) -> float:
-        """GiB of two optimizer steps."""
+        """GiB of three optimizer steps: one by one, recorded, and from the record."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        run = MicroBatch(engine, settings(micro), ranks.device)
         tokens = torch.randint(0, 50257, (micro, length + 1), device="cuda")
         batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones_like(tokens[:, 1:])}
-        for _ in range(2):
-            engine.backward(forward_loss(engine, batch))
+        for _ in range(3):
+            run(batch, float(micro * length))
             engine.step()
         return torch.cuda.max_memory_allocated() / GIB
 
@@ -177,8 +187,9 @@ def largest(config: str, recompute: str, length: int) -> dict[str, Any]:
         while True:
             peaks[micro] = peak(micro)
             micro += 1
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:                      # while a graph is recorded, not torch.OutOfMemoryError itself
+        if "out of memory" not in f"{error} {error.__context__}".lower():
+            raise
     best = max(peaks)
     one, two = (sum(memory_per_gpu(settings(n), 1).values()) / GIB for n in (1, 2))
     return {"micro_batch": best, "peak_gib": peaks[best], "estimate_gib": one + (best - 1) * (two - one),
@@ -189,13 +200,16 @@ def print_largest(configs: list[str], length: int) -> None:
     print(f"{torch.cuda.get_device_name()}, sequences of {length} tokens\n"
           "| configuration | recompute | largest micro-batch | peak GiB | estimated for it | estimate's largest |\n"
           "|---|---|---|---|---|---|", flush=True)
+    rows = [(config, recompute, length) for recompute in ("none", "norms") for config in configs]
     spawn = multiprocessing.get_context("spawn")
-    for config in configs:
-        for recompute in ("none", "norms"):
-            with spawn.Pool(1) as pool:
-                row = pool.apply(largest, (config, recompute, length))
-            print(f"| {config} | {recompute} | {row['micro_batch']} | {row['peak_gib']:.1f} | "
-                  f"{row['estimate_gib']:.1f} | {row['estimate_micro_batch']} |", flush=True)
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(spawn.Pool(1, prepare)) for _ in rows]
+        for pool, row in zip(pools, rows, strict=True):
+            found = pool.apply(largest, row)
+            pool.terminate()
+            pool.join()
+            print(f"| {row[0]} | {row[1]} | {found['micro_batch']} | {found['peak_gib']:.1f} | "
+                  f"{found['estimate_gib']:.1f} | {found['estimate_micro_batch']} |", flush=True)
 
 
 def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
