@@ -71,8 +71,6 @@ class MicroBatch:
             value.copy_(batch[name])
         self.counted.fill_(counted)
         self.graph.replay()
-        if self.engine.enable_backward_allreduce:
-            self.engine.allreduce_gradients()
         return self.share
 
     @staticmethod

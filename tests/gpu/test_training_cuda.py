@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from based_mp.ops import backends
+from based_mp.parallel import state
 from based_mp.training import bf16_optimizer, loop, reshard
 from benchmarks.train_throughput import synthetic
 from tests.models import MODEL, tiny_config
@@ -20,7 +21,6 @@ SMALL = {"d_model": 256, "feature_dim": 16, "ffn_hidden_size": 512}
 
 @pytest.fixture(scope="module")
 def ranks():
-    from based_mp.parallel import state
     yield state.initialize(device="cuda", seed=3)
     state.destroy()
 
@@ -74,7 +74,7 @@ def run(ranks, folder, *, steps, graph=True, before_step=lambda step: None, **se
             "logging": {"log_interval": 1}}
     config = tiny_config(**{name: {**(MODEL if name == "model" else {}), **ours.get(name, {}), **sections.get(name, {})}
                             for name in ours.keys() | sections.keys()})
-    torch.manual_seed(5)
+    state.initialize(device="cuda", seed=5)
     trainer, lines = loop.Trainer(config, ranks), []
     trainer.metrics.log_step = lambda step, loss, lr, norm: lines.append((loss, norm))
     step = trainer._train_step
@@ -109,6 +109,7 @@ def test_goes_on_from_saved_and_resharded(ranks, tmp_path):
     straight, _ = run(ranks, tmp_path, steps=8, checkpoint={"dir": str(tmp_path / "straight"), "interval": 4})
     saved = tmp_path / "straight/step_00000004"
     shutil.copytree(saved, tmp_path / "saved" / saved.name)
+    (tmp_path / "saved/latest").write_text(saved.name)
     reshard.reshard(saved, tmp_path / "resharded")
     for folder in ("saved", "resharded"):
         lines, trainer = run(ranks, tmp_path, steps=8, checkpoint={"dir": str(tmp_path / folder), "interval": 4})
