@@ -6,6 +6,7 @@
     python benchmarks/train_throughput.py --config based_360m attention_360m --length 2048 16384
     python benchmarks/train_throughput.py --config based_360m --profile
     python benchmarks/train_throughput.py --curve 300 --data PREFIX    # losses beside those of plain torch
+    python benchmarks/train_throughput.py --curve 200 --data PREFIX --against training.fp8=rowwise --accumulation 1
 
 Every row is a run of its own with full optimizer steps. Tokens/s: median over the steps after the first five. MFU:
 tokens/s × training FLOPs per token (3 × (2 × matrix parameters + the mixers' own FLOPs), based_mp/estimate.py) over
@@ -43,9 +44,9 @@ LINE = re.compile(r"step +(\d+)/\d+ \| loss +(\S+) .*\| +([\d,]+) tok/s/rank \| 
 GROUPS = {                                              # the first that matches a kernel's name
     "Taylor linear attention": "TaylorArgs", "gated convolution": "GatedConvArgs", "softmax attention": "flash|fmha",
     "RoPE": "rope_", "RMSNorm + add": "norm_forward|norm_backward", "SwiGLU": "swiglu",
-    "cross-entropy": "cross_entropy", "optimizer": "multi_tensor|adam", "matrix products": "gemm|nvjet|cutlass|xmma",
-    "embedding": "embedding|indexing_backward|radix|sort", "communication": "nccl",
-    "copies and fills": "Mem(cpy|set)|copy|fill",
+    "cross-entropy": "cross_entropy", "fp8 scaling": "quantize_row", "optimizer": "multi_tensor|adam",
+    "matrix products": "gemm|nvjet|cutlass|xmma", "embedding": "embedding|indexing_backward|radix|sort",
+    "communication": "nccl", "copies and fills": "Mem(cpy|set)|copy|fill",
     "element-wise": "elementwise|reduce"}
 
 
@@ -102,9 +103,12 @@ def train(config: str, arguments: list[str], environment: dict[str, str] | None 
             "first_step_seconds": first}
 
 
-def compare(config: str, arguments: list[str]) -> tuple[list[float], list[float]]:
-    """Losses of the same run with the kernels and in plain torch. Exits where either fails."""
-    results = [train(config, arguments, {"BASED_MP_BACKEND": backend}) for backend in ("", "torch")]
+def compare(config: str, arguments: list[str], against: list[str] | None = None) -> tuple[list[float], list[float]]:
+    """Losses of the same run with the kernels and in plain torch, or with `against` besides. Exits where either fails.
+    """
+    results = [train(config, arguments)]
+    results.append(train(config, [*arguments, *against]) if against else
+                   train(config, arguments, {"BASED_MP_BACKEND": "torch"}))
     for result in results:
         if "error" in result:
             raise SystemExit(f"the check of the losses failed, nothing timed:\n{result['error']}")
@@ -168,6 +172,8 @@ def main() -> None:
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
     parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m and of plain torch, on --data")
+    parser.add_argument("--against", nargs="+", metavar="section.key=value",
+                        help="with --curve: beside a run with these overrides, in place of plain torch")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     parser.add_argument("--json", help="append the record to this file, one line a run")
     parser.add_argument("--commit", help="commit to record (default: git's)")
@@ -193,10 +199,11 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
         return
     if args.curve:
         ours, torchs = compare("based_360m", overrides(data, cache, args.curve, args.length[0],
-                                                       args.micro_batch or 8, args.accumulation, *more))
+                                                       args.micro_batch or 8, args.accumulation, *more), args.against)
+        other = " ".join(args.against or ["plain torch"])
         for step in range(0, args.curve, 10):
             a, b = (statistics.mean(x[step : step + 10]) for x in (ours, torchs))
-            print(f"steps {step + 1}–{step + 10}: {a:.4f}, plain torch {b:.4f}, difference {a - b:+.4f}")
+            print(f"steps {step + 1}–{step + 10}: {a:.4f}, {other} {b:.4f}, difference {a - b:+.4f}")
         return
     commit = args.commit or git_commit()
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,
