@@ -176,9 +176,9 @@ def test_widths_that_do_not_fit_stay_in_bf16_with_one_warning(gloo_process):
     for module, stays in ((layer.mlp.linear_fc1, False), (layer.mlp.linear_fc2, True)):
         x = torch.randn(4, 1, module.weight.shape[1]).bfloat16()
         assert torch.equal(module(x)[0], x @ module.weight.t()) == stays
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as seen:
         built()
+    assert not [w for w in seen if "training.fp8" in str(w.message)]
 
 
 def test_what_is_refused(monkeypatch):
