@@ -21,13 +21,17 @@ def ranks():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows, width", [(8192, 1792), (300, 7168), (7, 16), (33, 1000)])
-def test_the_kernel_equals_plain_torch(monkeypatch, rows, width, dtype):
+def test_the_kernels_equal_plain_torch(monkeypatch, rows, width, dtype):
     x = (torch.randn(rows, width, device="cuda") * torch.logspace(-20, 20, rows, device="cuda")[:, None]).to(dtype)
     x[0] = 0
-    q, scale = fp8.quantize_rows(x)
+    def both():
+        whole = fp8.quantize_rows(x)
+        turned = fp8.transposed((whole[0], whole[1].clamp(min=whole[1].max() / 64)))
+        return [t.float() for t in (*whole, *turned)]
+
+    ours = both()
     monkeypatch.setattr(backends, "fused_backend", lambda x: "torch")
-    expected, expected_scale = fp8.quantize_rows(x)
-    assert torch.equal(scale, expected_scale) and torch.equal(q.float(), expected.float())
+    assert all(map(torch.equal, ours, both()))
 
 
 def test_what_is_not_finite_stays_so():
@@ -49,7 +53,7 @@ def test_product(m, n, k):
 def test_steps_lie_near_those_in_bf16(ranks):
     from tests.parity.test_fp8 import losses
     model = {"d_model": 256, "feature_dim": 16, "ffn_hidden_size": 512}
-    exact, ours = (losses(ranks, 20, model=model, training={"device": "cuda", "fp8": recipe})
+    exact, ours = (losses(ranks, 12, model=model, training={"device": "cuda", "fp8": recipe})
                    for recipe in ("none", "rowwise"))
-    assert exact[-1] < exact[0] - 0.3
-    assert 1e-6 < max(abs(a - b) for a, b in zip(exact, ours, strict=True)) < 0.05
+    assert exact[-1] < exact[0] - 2
+    assert 1e-6 < max(abs(a - b) for a, b in zip(exact, ours, strict=True)) < 0.15
