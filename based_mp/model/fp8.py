@@ -1,9 +1,8 @@
 """fp8 matrix products in the linear layers of the stack (training.fp8).
 
-Of a linear layer's three products two take fp8 operands: y = x wᵀ with a scale for every token and every output, and
-dx = dy w with a scale for every token and one for the weight (torchao's recipe rowwise_with_gw_hp). The weight's
-gradient stays the bf16 product that adds to the fp32 sum: its operands would have to be scaled and laid out once more,
-along the tokens. Embedding and LM head stay in bf16.
+Of a linear layer's three products two take fp8 operands: y = x wᵀ and dx = dy w, each operand with a scale for every
+slice along the summed dimension. The weight's gradient stays the bf16 product that adds to the fp32 sum: its operands
+would have to be scaled and laid out once more, along the tokens. Embedding and LM head stay in bf16.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Copies:
     def forget(self, *_: object) -> None:
         """The weight has changed."""
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._transposed: tuple[Tensor, Tensor] | None = None
+        self._columns: tuple[Tensor, Tensor] | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """[out, in], a scale for each output."""
@@ -38,11 +37,11 @@ class Copies:
             self._rows = fp8.quantize_rows(self.weight.detach())
         return self._rows
 
-    def transposed(self) -> tuple[Tensor, Tensor]:
-        """[in, out], one scale."""
-        if self._transposed is None:
-            self._transposed = fp8.transposed(self.rows())
-        return self._transposed
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """[in, out], a scale for each input."""
+        if self._columns is None:
+            self._columns = fp8.quantize_rows(self.weight.detach().t())
+        return self._columns
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup, *, wait: bool = True) -> tuple[Tensor, Any]:
@@ -77,7 +76,7 @@ class _Linear(torch.autograd.Function):
         x, dy = x.flatten(0, 1), dy.flatten(0, 1).contiguous()
         if ctx.sequence_parallel:
             x, handle = _gathered(x, ctx.group, wait=False)
-        dx = fp8.product(fp8.quantize_rows(dy), ctx.copies.transposed())
+        dx = fp8.product(fp8.quantize_rows(dy), ctx.copies.columns())
         if ctx.sequence_parallel:
             handle.wait()
             whole, dx = dx, torch.empty(dx.shape[0] // ctx.group.size(), dx.shape[1], dtype=dx.dtype, device=dx.device)

@@ -1,7 +1,7 @@
 """Matrix products of fp8 operands (e4m3, Micikevicius et al. 2022) with a scale for each row.
 
-The product is torch's (cuBLAS on a Hopper GPU). Scales are powers of two, so that scaling rounds nothing but what is
-very small beside the largest value under the same scale.
+The product is torch's (cuBLAS on a Hopper GPU). Scales are powers of two: rounding is then that of a shorter mantissa,
+and a weight has the same values whether it is scaled along its rows or along its columns.
 """
 
 from __future__ import annotations
@@ -42,26 +42,7 @@ def _quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def transposed(operand: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """q [rows, width] with a scale a row → [width, rows] with the largest of them for all.
-
-    Exact but for what falls below 2⁻⁶ under the largest scale, where e4m3 has steps of 2⁻⁹.
-    """
-    q, scale = operand
-    rows, width = q.shape
-    largest = scale.max()
-    if backends.fused_backend(q) == "triton":
-        from based_mp.ops.fused import kernels
-        out = torch.empty(width, rows, dtype=FP8, device=q.device)
-        tile = 64
-        kernels.transpose_rescaled[(-(-rows // tile), -(-width // tile))](q, scale, largest, out, rows, width,
-                                                                         TILE=tile, num_warps=4)
-    else:
-        out = (q.float() * (scale / largest)).to(FP8).t().contiguous()
-    return out, largest.expand(width, 1).contiguous()
-
-
 def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """a [m, k] and b [n, k], each with a scale a row → a bᵀ in bf16 [m, n]; n, k multiples of 16."""
+    """a [m, k] and b [n, k], each as `quantize_rows` returns it → a bᵀ in bf16 [m, n]; n, k multiples of 16."""
     return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1].view(1, -1), out_dtype=torch.bfloat16,
                             use_fast_accum=True)

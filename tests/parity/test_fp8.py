@@ -49,14 +49,10 @@ def test_what_is_not_finite_stays_so():
     assert scaled(x).isfinite().all(-1).tolist() == [False, False, True]
 
 
-def test_transposed_keeps_all_but_the_smallest_values():
-    rows = fp8.quantize_rows(torch.randn(64, 48) * torch.logspace(-2, 2, 64)[:, None])
-    q, scale = fp8.transposed(rows)
-    before, after, largest = value(rows), value((q, scale)).t(), rows[1].max()
-    assert q.shape == (48, 64) and scale.shape == (48, 1) and scale.unique().tolist() == [largest]
-    normal = before.abs() >= 2**-6 * largest
-    assert torch.equal(after[normal], before[normal]) and 0.5 < normal.float().mean() < 0.99
-    assert ((after - before).abs() <= 2**-10 * largest).all()
+def test_a_weight_has_the_same_values_along_rows_and_columns():
+    weight = torch.randn(64, 48).bfloat16()
+    big = scaled(weight).abs() > 2**-6 * weight.abs().max()             # the smallest of a slice are rounded coarser
+    assert torch.equal(scaled(weight)[big], scaled(weight.t()).t()[big]) and big.float().mean() > 0.9
 
 
 def test_product():
@@ -95,7 +91,7 @@ def test_gradients_of_a_linear_layer(gloo_process, monkeypatch, part, fused):
     y.backward(dy)
     flat, dflat = x.detach().flatten(0, 1), dy.flatten(0, 1)
     expected = scaled(flat) @ scaled(weight.detach()).t()
-    dx = scaled(dflat) @ value(fp8.transposed(fp8.quantize_rows(weight.detach()))).t()
+    dx = scaled(dflat) @ scaled(weight.detach().t()).t()
     dw = dflat.double().t() @ flat.double()
     assert (y.flatten(0, 1).double() - expected).norm() < 3e-3 * expected.norm() and bias is None
     assert (x.grad.flatten(0, 1).double() - dx).norm() < 3e-3 * dx.norm()
@@ -175,7 +171,7 @@ def test_copies_of_weights_are_made_once_a_step(gloo_process, monkeypatch, zero)
     monkeypatch.setattr(linear, "Copies", Listed)
     options = {"training": {"fp8": "rowwise"}, "parallel": {"zero_stage": zero}}
     kept = losses(gloo_process, 3, **options)
-    assert len(copies) == 16 and len(made) == 3 * 16 * (1 + 4 * 2)       # of the weight; of x and dy a micro-batch
+    assert len(copies) == 16 and len(made) == 3 * 16 * (2 + 4 * 2)          # of weights; of x and dy a micro-batch
     again = losses(gloo_process, 3, before_forward=lambda: [c.forget() for c in copies], **options)
     assert kept == again
 

@@ -99,17 +99,6 @@ def quantize_row(x, q, scale, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def transpose_rescaled(q, scale, largest, out, rows, width, TILE: tl.constexpr):
-    """A tile: out[column, row] = q[row, column] · scale[row] / largest, in e4m3."""
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
-    inside = (row < rows) & (column < width)
-    ratio = tl.load(scale + row, mask=row < rows, other=0.0) / tl.load(largest)
-    value = tl.load(q + row * width + column, mask=inside, other=0.0).to(tl.float32) * ratio
-    tl.store(out + column * rows + row, value.to(tl.float8e4nv), mask=inside)
-
-
-@triton.jit
 def cross_entropy_forward(logits, labels, largest, total, target, first, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """A row of this rank's part of the vocabulary: maximum, Σ exp(logit − maximum), and the label's logit (or 0)."""
     row = tl.program_id(0).to(tl.int64)
