@@ -219,6 +219,8 @@ class TrainingConfig(Section):
     recompute: Literal["none", "norms", "selective", "full"] = Field(
         "none", description="activations done again in backward: norms, selective = norms, SwiGLU and convolutions, "
                             "full = whole layers")
+    cuda_graph: bool = Field(
+        True, description="on a GPU with ZeRO-1: a micro-batch is recorded once and started as one CUDA graph")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
 
 
