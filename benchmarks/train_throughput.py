@@ -45,8 +45,9 @@ LINE = re.compile(r"step +(\d+)/\d+ \| loss +(\S+) .*\| +([\d,]+) tok/s/rank \| 
 GROUPS = {                                              # the first that matches a kernel's name
     "Taylor linear attention": "TaylorArgs", "gated convolution": "GatedConvArgs", "softmax attention": "flash|fmha",
     "RoPE": "rope_", "RMSNorm + add": "norm_forward|norm_backward", "SwiGLU": "swiglu",
-    "cross-entropy": "cross_entropy", "optimizer": "multi_tensor|adam", "matrix products": "gemm|nvjet|cutlass|xmma",
-    "embedding": "embedding|indexing_backward|radix|sort", "communication": "nccl",
+    "cross-entropy": "cross_entropy", "fp8 scaling": "quantize_row", "optimizer": "multi_tensor|adam",
+    "matrix products": "gemm|nvjet|cutlass|xmma", "embedding": "embedding|indexing_backward|radix|sort",
+    "communication": "nccl",
     "copies and fills": "Mem(cpy|set)|copy|fill",
     "element-wise": "elementwise|reduce"}
 
@@ -142,24 +143,27 @@ def profile(config: str, arguments: list[str]) -> str:
 
 
 def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
-    """Losses of based_360m with the kernels, in plain torch, and (for what rounding alone does) with the kernels on the
-    same batches in halves: means of 50 steps, and the largest differences of means of ten."""
-    found = {}
-    for name, part, backend in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, "")):
+    """Losses of based_360m with the kernels, in plain torch, (for what rounding alone does) with the kernels on the same
+    batches in halves, and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
+    found, fp8 = {}, "training.fp8=rowwise"
+    for name, part, backend, *more in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, ""),
+                                       ("fp8", 1, "", fp8)):
         written = [f"logging.tensorboard_dir={events}/{name}"] if events else []
-        found[name] = losses("based_360m", [*arguments(micro // part, accumulation * part), *written], backend)
+        found[name] = losses("based_360m", [*arguments(micro // part, accumulation * part), *written, *more], backend)
 
     def means(steps: int) -> list[list[float]]:
         """Of each run, one after the other."""
         return [[statistics.mean(x[i : i + steps]) for i in range(0, len(x), steps)] for x in found.values()]
 
-    print("| steps | kernels | plain torch | difference | halves | difference |\n" + "|---" * 6 + "|")
+    first, *names = found
+    print(f"| steps | {first} | {' | difference | '.join(names)} | difference |\n{'|---' * 2 * len(found)}|")
     for i, (ours, *others) in enumerate(zip(*means(50), strict=True)):
         cells = " | ".join(f"{x:.4f} | {x - ours:+.4f}" for x in others)
         print(f"| {50 * i + 1}–{min(50 * i + 50, len(found['kernels']))} | {ours:.4f} | {cells} |")
     ours, *others = means(10)
     worst = [max((b - a for a, b in zip(ours, x, strict=True)), key=abs) for x in others]
-    print(f"largest difference of the means of ten steps: plain torch {worst[0]:+.4f}, halves {worst[1]:+.4f}")
+    print("largest difference of the means of ten steps: "
+          + ", ".join(f"{name} {x:+.4f}" for name, x in zip(names, worst, strict=True)))
 
 
 def main() -> None:
