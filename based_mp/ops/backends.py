@@ -137,6 +137,14 @@ def decode_ops(weight: Tensor, model: ModelConfig, tp_size: int) -> ModuleType:
     return importlib.import_module("based_mp.ops.decode_cuda" if reason is None else "based_mp.ops.decode_torch")
 
 
+def check_fp8(device: torch.device) -> None:
+    """UserError where the GPU has no fp8 matrix products; on a CPU torch computes them."""
+    if device.type == "cuda" and _capability(device.index or 0) < (8, 9):
+        found = ".".join(map(str, _capability(device.index or 0)))
+        raise UserError("training.fp8 needs a GPU of compute capability 8.9 or above (Ada, Hopper or later), this one "
+                        f"has {found}: set training.fp8=none")
+
+
 @functools.cache
 def fla_ops() -> ModuleType | None:
     """flash-linear-attention's operators (`fla.ops`), or None where fla-core is not installed."""

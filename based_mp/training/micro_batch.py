@@ -29,6 +29,8 @@ def graph_refusal(config: Config, engine: Any, device: torch.device) -> str | No
         return "training.cuda_graph is false"
     if not isinstance(engine.optimizer, FusedBF16Optimizer):
         return "only ZeRO-1 in bf16 keeps its gradients in one place"
+    if config.training.fp8 != "none":
+        return "the fp8 copies of the weights are renewed outside of it"
     if config.training.recompute == "full":
         return "full recomputation restores the random state on the host"
     if config.data.reset_state_at_documents:
