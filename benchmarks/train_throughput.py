@@ -143,8 +143,8 @@ def profile(config: str, arguments: list[str]) -> str:
 
 
 def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
-    """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (to see what
-    rounding alone does), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
+    """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (as far as
+    rounding alone goes), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
     found, fp8 = {}, "training.fp8=rowwise"
     for name, part, backend, *more in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, ""),
                                        ("fp8", 1, "", fp8)):
