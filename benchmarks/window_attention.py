@@ -28,7 +28,7 @@ from based_mp.ops.reference import window_attention_naive  # noqa: E402
 from based_mp.ops.window_attention import rope  # noqa: E402
 from based_mp.ops.window_cuda import rotary_window_attention  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
-from benchmarks.train_throughput import matmul_rate  # noqa: E402
+from benchmarks.timing import matmul_rate  # noqa: E402
 
 Way = Callable[..., Tensor]               # of the qkv buffer, or of q, k, v [batch, seq, heads, head_dim], its views
 SHAPES = [(8, 2048, 16, 64), (4, 2048, 16, 112)]
