@@ -1,5 +1,5 @@
 // Shared by the sliding-window attention's kernels. A block walks along a strip of one head: tiles of 64 tokens pass through
-// a ring in shared memory, where a warpgroup that only loads puts them, rotated (RoPE), and others multiply them with tiles
+// a ring in shared memory, where two warpgroups that only load put them, rotated (RoPE), and two others multiply them with tiles
 // of their own, 64 rows each. So every row is read and rotated once a strip, and only the last `window` rows are kept.
 #pragma once
 #include <cuda_fp16.h>
@@ -13,6 +13,7 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kRows = 64, kPlane = kRows * 16;       // a tile is planes of 8 columns, 16 bytes a row: what wgmma reads unswizzled
 template <int D> constexpr int kTile = D / 8 * kPlane;
+constexpr int kLoaders = 256, kGroups = 2, kThreads = kLoaders + kGroups * 128;     // threads that load; warpgroups that multiply
 constexpr int kMaxShared = 232448;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -58,114 +59,98 @@ template <int D, int Owned> struct Shared {
     __device__ __forceinline__ uint32_t full(int i) const { return barriers + ring.of(i) * 8; }
     __device__ __forceinline__ uint32_t empty(int i) const { return barriers + (ring.count + ring.of(i)) * 8; }
     __device__ __forceinline__ uint32_t free(int s) const { return barriers + (2 * ring.count + own.of(s)) * 8; }
-    __device__ __forceinline__ void init(int groups) const {
+    __device__ __forceinline__ void init() const {
         if (threadIdx.x == 0) {
-            for (int i = 0; i < ring.count; ++i) { barrier_init(full(i), 4); barrier_init(empty(i), groups * 4); }
+            for (int i = 0; i < ring.count; ++i) { barrier_init(full(i), kLoaders / 32); barrier_init(empty(i), kGroups * 4); }
             for (int i = 0; i < own.count; ++i) barrier_init(free(i), 4);
         }
         __syncthreads();
     }
 };
 
-// ---------------------------------------------------------------------------------------------------- the loading warpgroup
-// Warp w has rows 8 w .. 8 w + 7 and the same of the second half. Eight lanes have eight rows of 16 bytes, which lie side by
-// side in shared memory; four times eight have 64 bytes of a row of device memory.
-template <typename F> __device__ __forceinline__ void for_rows(F f) {
-    #pragma unroll
-    for (int half = 0; half < 2; ++half) f(half, (threadIdx.x >> 5 & 3) * 8 + half * 32 + (threadIdx.x & 7));
-}
+// ---------------------------------------------------------------------------------------------------- the loading warpgroups
+// Warp w has rows 8 w .. 8 w + 7 of a tile. Eight lanes have eight rows of 16 bytes, which lie side by side in shared memory;
+// four times eight have 64 bytes of a row of device memory.
+__device__ __forceinline__ int loader_row() { return threadIdx.x / 32 * 8 + (threadIdx.x & 7); }
 __device__ __forceinline__ int first_vector() { return threadIdx.x >> 3 & 3; }
 
 // 64 rows from token `first` on; zeros behind the sequence's end.
 template <int D> __device__ __forceinline__ void copy_tile(uint32_t to, const bf16* from, int64_t pitch, int first, int seq) {
-    for_rows([&](int, int row) {
-        const bf16* source = from + (int64_t)min(first + row, seq - 1) * pitch;
-        const int bytes = first + row < seq ? 16 : 0;
-        #pragma unroll
-        for (int j = 0; j < (D + 31) / 32; ++j) {
-            const int vector = first_vector() + 4 * j;
-            if (vector < D / 8) copy16_or_zero(to + vector * kPlane + row * 16, source + vector * 8, bytes);
-        }
-    });
+    const int token = first + loader_row(), bytes = token < seq ? 16 : 0;
+    const bf16* source = from + min(token, seq - 1) * pitch + first_vector() * 8;
+    to += first_vector() * kPlane + loader_row() * 16;
+    #pragma unroll
+    for (int j = 0; j < (D + 31) / 32; ++j)
+        if (first_vector() + 4 * j < D / 8) copy16_or_zero(to + j * 4 * kPlane, source + j * 32, bytes);
 }
 // Rows of o on their way to the L2 cache, for `Outputs`.
 template <int D> __device__ __forceinline__ void prefetch_tile(const bf16* from, int64_t pitch, int first, int seq) {
-    for_rows([&](int, int row) {
-        if (first_vector() * 32 < D && first + row < seq)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(from + (int64_t)(first + row) * pitch + first_vector() * 32));
-    });
+    const int token = first + loader_row();
+    if (first_vector() * 32 < D && token < seq) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + token * pitch + first_vector() * 32));
 }
 // What a lane needs of device memory to finish a tile, in registers before the tile is there. Angles turn pairs (i, i + D / 2)
 // of every row in place (Su et al. 2021, half-split layout).
 __device__ __forceinline__ float2 widen(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
 template <int D> struct Angles {
     static constexpr int N = (D + 63) / 64;
-    uint4 table[2][N][2];
+    uint4 table[N][2];
     __device__ __forceinline__ Angles(const void* rotation, int first, int seq) {
-        for_rows([&](int half, int row) {
-            const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)min(first + row, seq - 1) * (D / 2));
-            #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const int vector = min(first_vector() + 4 * j, D / 16 - 1);
-                table[half][j][0] = __ldg(from + vector * 2);
-                table[half][j][1] = __ldg(from + vector * 2 + 1);
-            }
-        });
+        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)max(min(first + loader_row(), seq - 1), 0) * (D / 2));
+        #pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int vector = min(first_vector() + 4 * j, D / 16 - 1);
+            table[j][0] = __ldg(from + vector * 2);
+            table[j][1] = __ldg(from + vector * 2 + 1);
+        }
     }
     __device__ __forceinline__ void turn(uint32_t at) const {
-        for_rows([&](int half, int row) {
+        #pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int vector = first_vector() + 4 * j;
+            if (vector >= D / 16) continue;
+            const uint32_t low_at = at + vector * kPlane + loader_row() * 16, high_at = low_at + D / 16 * kPlane;
+            const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = table[j][0], t1 = table[j][1];
+            const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w}, t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
+            uint32_t u[4], v[4];
             #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const int vector = first_vector() + 4 * j;
-                if (vector >= D / 16) continue;
-                const uint32_t low_at = at + vector * kPlane + row * 16, high_at = low_at + D / 16 * kPlane;
-                const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = table[half][j][0], t1 = table[half][j][1];
-                const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w}, t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
-                uint32_t u[4], v[4];
-                #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 p = widen(t[2 * i]), q = widen(t[2 * i + 1]);
-                    u[i] = pack(low(x[i]) * p.x - low(y[i]) * p.y, high(x[i]) * q.x - high(y[i]) * q.y);
-                    v[i] = pack(low(y[i]) * p.x + low(x[i]) * p.y, high(y[i]) * q.x + high(x[i]) * q.y);
-                }
-                store_shared_vector(low_at, u);
-                store_shared_vector(high_at, v);
+            for (int i = 0; i < 4; ++i) {
+                const float2 p = widen(t[2 * i]), q = widen(t[2 * i + 1]);
+                u[i] = pack(low(x[i]) * p.x - low(y[i]) * p.y, high(x[i]) * q.x - high(y[i]) * q.y);
+                v[i] = pack(low(y[i]) * p.x + low(x[i]) * p.y, high(y[i]) * q.x + high(x[i]) * q.y);
             }
-        });
+            store_shared_vector(low_at, u);
+            store_shared_vector(high_at, v);
+        }
     }
 };
 // Rows of o and lse, and {lse, grad_o . o} of every row to `to`; behind the end {inf, 0}: no weight.
 template <int D> struct Outputs {
     static constexpr int N = (D + 31) / 32;
-    uint4 o[2][N];
-    float sums[2];
+    uint4 o[N];
+    float sum;
     __device__ __forceinline__ Outputs(const bf16* from, int64_t pitch, const float* lse, int first, int seq) {
-        for_rows([&](int half, int row) {
-            const int token = min(first + row, seq - 1);
-            const uint4* vectors = reinterpret_cast<const uint4*>(from + token * pitch);
-            #pragma unroll
-            for (int j = 0; j < N; ++j) o[half][j] = __ldg(vectors + min(first_vector() + 4 * j, D / 8 - 1));
-            sums[half] = first + row < seq ? __ldg(lse + token) : INFINITY;
-        });
+        const int token = first + loader_row(), inside = min(token, seq - 1);
+        const uint4* vectors = reinterpret_cast<const uint4*>(from + inside * pitch);
+        #pragma unroll
+        for (int j = 0; j < N; ++j) o[j] = __ldg(vectors + min(first_vector() + 4 * j, D / 8 - 1));
+        sum = token < seq ? __ldg(lse + inside) : INFINITY;
     }
     __device__ __forceinline__ void dot(uint32_t to, uint32_t grad) const {
-        for_rows([&](int half, int row) {
-            float sum = 0.f;
-            #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const int vector = first_vector() + 4 * j;
-                if (vector >= D / 8) continue;
-                const uint4 a = load_shared_vector(grad + vector * kPlane + row * 16), b = o[half][j];
-                sum += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
-                     + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
-            }
-            sum += __shfl_xor_sync(~0u, sum, 8);
-            sum += __shfl_xor_sync(~0u, sum, 16);
-            if (first_vector() == 0) {
-                store_shared(to + row * 8, __float_as_uint(sums[half]));
-                store_shared(to + row * 8 + 4, __float_as_uint(sum));
-            }
-        });
+        float dot = 0.f;
+        #pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int vector = first_vector() + 4 * j;
+            if (vector >= D / 8) continue;
+            const uint4 a = load_shared_vector(grad + vector * kPlane + loader_row() * 16), b = o[j];
+            dot += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
+                 + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
+        }
+        dot += __shfl_xor_sync(~0u, dot, 8);
+        dot += __shfl_xor_sync(~0u, dot, 16);
+        if (first_vector() == 0) {
+            store_shared(to + loader_row() * 8, __float_as_uint(sum));
+            store_shared(to + loader_row() * 8 + 4, __float_as_uint(dot));
+        }
     }
 };
 
@@ -313,7 +298,7 @@ template <int D> __device__ __forceinline__ void rotate_back(float (&x)[D / 2], 
 // ---------------------------------------------------------------------------------------------------- host
 // Slots that fit in shared memory, as many as are of use; strips such that blocks fill the multiprocessors evenly.
 // bytes(ring, own): of shared memory.
-template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int groups, int roles, B bytes) {
+template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int roles, B bytes) {
     Plan p{};
     p.tiles = (a.seq + kRows - 1) / kRows;
     p.reach = (a.window + kRows - 2) / kRows;
@@ -324,8 +309,8 @@ template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int gr
     if (ring < 2) ring = 2;
     for (bool grown = true; grown;) {
         grown = false;
-        if (own < 2 * groups && fits(ring, own + 1)) { ++own; grown = true; }
-        if (ring < p.reach + 1 + 2 * groups && fits(ring + 1, own)) { ++ring; grown = true; }
+        if (own < 2 * kGroups && fits(ring, own + 1)) { ++own; grown = true; }
+        if (ring < p.reach + 1 + 2 * kGroups && fits(ring + 1, own)) { ++ring; grown = true; }
     }
     p.ring = Slots(ring);
     p.own = Slots(own);
@@ -341,10 +326,10 @@ template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int gr
     }
     return p;
 }
-template <typename F> inline int launch(F* kernel, const WindowAttentionArgs& a, const Plan& p, int roles, int threads, int bytes) {
+template <typename F> inline int launch(F* kernel, const WindowAttentionArgs& a, const Plan& p, int roles, int bytes) {
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return (int)e;
-    kernel<<<(unsigned)((int64_t)a.batch * a.heads * p.strips * roles), threads, bytes, (cudaStream_t)a.stream>>>(a, p);
+    kernel<<<(unsigned)((int64_t)a.batch * a.heads * p.strips * roles), kThreads, bytes, (cudaStream_t)a.stream>>>(a, p);
     return (int)cudaGetLastError();
 }
 

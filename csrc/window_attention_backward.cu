@@ -7,8 +7,8 @@
 
 namespace window_attention {
 
-constexpr int kGroups = 2, kThreads = (kGroups + 1) * 128, kLoaderRegisters = 88, kRegisters = 208;
-template <int D> constexpr int kColumns = D <= 112 ? 64 : 32;           // of the scores at a time, as registers allow
+constexpr int kLoaderRegisters = 56, kRegisters = 200;                 // of a thread, of the 128 that all begin with
+template <int D> constexpr int kColumns = D <= 96 ? 64 : 32;           // of the scores at a time, as registers allow
 
 struct Pointers {
     const bf16 *q, *k, *v, *grad, *o;
@@ -34,18 +34,18 @@ __device__ __forceinline__ void load_strip(const WindowAttentionArgs& a, const W
     }, [&](int i) {
         const int u = w.start + i, s = u - w.lag, row = Keys ? u : s;
         const bool ring = u < w.plan.tiles, own = s >= w.begin;
-        const Angles<D> early(a.rotation, u * kRows, a.seq);
+        const Angles<D> early(a.rotation, u * kRows, a.seq), early_own(a.rotation, s * kRows, a.seq);
         const Outputs<D> outputs(p.o, p.out, p.lse, row * kRows, a.seq);
         wait_for_copies(w.plan.ahead);
         if (Keys ? ring : own) {
             if (Keys) outputs.dot(m.row_stats(m.ring.of(i)), m.slot(i) + kTile<D>);
             else outputs.dot(m.row_stats(m.own.of(s - w.begin)), m.tile(s - w.begin) + kTile<D>);
         }
-        const Angles<D> angles = D <= 64 ? early : Angles<D>(a.rotation, u * kRows, a.seq);     // both have no registers
+        const Angles<D> angles = D <= 64 ? early : Angles<D>(a.rotation, u * kRows, a.seq);     // there are registers, or not
         if (ring) angles.turn(m.slot(i));
         if (own) {
-            if (Keys && w.lag) Angles<D>(a.rotation, s * kRows, a.seq).turn(m.tile(s - w.begin));
-            else angles.turn(m.tile(s - w.begin));
+            const Angles<D> angles_own = !Keys ? angles : D <= 64 ? early_own : Angles<D>(a.rotation, s * kRows, a.seq);
+            angles_own.turn(m.tile(s - w.begin));
         }
     });
 }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, con
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const float scale = a.scale * kLog2e;
     Consumer<Keys, Shared<D, 2>> ring(w, m);
-    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - 1; s < w.end; s += kGroups) {
+    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - kLoaders / 128; s < w.end; s += kGroups) {
         const int row = s * kRows + warp * 16 + (lane >> 2);
         const Seen<Keys> seen(a, row);
         const uint32_t own = m.tile(s - w.begin);
@@ -103,7 +103,7 @@ __device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, con
             if constexpr (Keys) multiply_columns<D>(dv, p, slot + kTile<D>, v > from * kParts);
             multiply_columns<D>(dx, b, slot, v > from * kParts);
             wgmma_commit();
-            if (Keys && D > 80) wgmma_wait<0>();                       // two more tiles of scores have no registers
+            if (Keys && D > 64) wgmma_wait<0>();                       // two more tiles of scores have no registers
         }
         wgmma_wait<0>();
         ring.release(min(last + 1, next));
@@ -130,8 +130,8 @@ backward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_cons
     p.lse = a.lse + (int64_t)index * a.seq;
     p.dq = static_cast<bf16*>(a.dqkv) + (int64_t)index * 3 * D;
     p.out = (int64_t)a.batch * a.heads * D;
-    m.init(kGroups);
-    if (threadIdx.x < 128) {
+    m.init();
+    if (threadIdx.x < kLoaders) {
         registers_down<kLoaderRegisters>();
         if (keys) load_strip<D, true>(a, Walk<true>(plan, strip), m, p);
         else load_strip<D, false>(a, Walk<false>(plan, strip), m, p);
@@ -144,8 +144,8 @@ backward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_cons
 
 template <int D> int backward(const WindowAttentionArgs& a) {
     const auto bytes = [](int ring, int own) { return 2 * (ring + own) * kTile<D> + (ring > own ? ring : own) * kRows * 8 + (2 * ring + own) * 8; };
-    const Plan p = make_plan(a, kGroups, 2, bytes);
-    return launch(backward_kernel<D>, a, p, 2, kThreads, bytes(p.ring.count, p.own.count));
+    const Plan p = make_plan(a, 2, bytes);
+    return launch(backward_kernel<D>, a, p, 2, bytes(p.ring.count, p.own.count));
 }
 
 }  // namespace window_attention

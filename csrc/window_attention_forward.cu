@@ -5,7 +5,7 @@
 
 namespace window_attention {
 
-constexpr int kGroups = 3, kThreads = (kGroups + 1) * 128, kLoaderRegisters = 80, kRegisters = 144;
+constexpr int kLoaderRegisters = 72, kRegisters = 184;    // of a thread, of the 128 that all begin with
 
 template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan) {
     extern __shared__ __align__(128) char shared[];
@@ -14,8 +14,8 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
     const int head = blockIdx.x / plan.strips % a.heads, batch = blockIdx.x / plan.strips / a.heads;
     const bf16* q = static_cast<const bf16*>(a.qkv) + batch * a.stride[1] + head * a.stride[2];
     const bf16 *k = q + a.stride[3], *v = k + a.stride[3];
-    m.init(kGroups);
-    if (threadIdx.x < 128) {
+    m.init();
+    if (threadIdx.x < kLoaders) {
         registers_down<kLoaderRegisters>();
         load(w, m, [&](int i) {
             const int u = w.start + i, token = u * kRows;
@@ -35,7 +35,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const float scale = a.scale * kLog2e;
     Consumer<false, Shared<D, 1>> ring(w, m);
-    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - 1; s < w.end; s += kGroups) {
+    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - kLoaders / 128; s < w.end; s += kGroups) {
         const int row = s * kRows + warp * 16 + (lane >> 2);
         const Seen<false> seen(a, row);
         float o[D / 2], peak[2] = {-1e30f, -1e30f}, sum[2] = {0.f, 0.f};
@@ -98,8 +98,8 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
 
 template <int D> int forward(const WindowAttentionArgs& a) {
     const auto bytes = [](int ring, int own) { return (2 * ring + own) * kTile<D> + (2 * ring + own) * 8; };
-    const Plan p = make_plan(a, kGroups, 1, bytes);
-    return launch(forward_kernel<D>, a, p, 1, kThreads, bytes(p.ring.count, p.own.count));
+    const Plan p = make_plan(a, 1, bytes);
+    return launch(forward_kernel<D>, a, p, 1, bytes(p.ring.count, p.own.count));
 }
 
 }  // namespace window_attention
