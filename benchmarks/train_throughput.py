@@ -200,8 +200,8 @@ def print_largest(configs: list[str], length: int) -> None:
 
 
 def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
-    """Losses of based_360m with the kernels, in plain torch, (for what rounding alone does) with the kernels on the same
-    batches in halves, and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
+    """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (for what
+    rounding alone does), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
     found, fp8 = {}, "training.fp8=rowwise"
     for name, part, backend, *more in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, ""),
                                        ("fp8", 1, "", fp8)):
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
-    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m beside plain torch, on --data")
+    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m, also in plain torch and fp8")
     parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's runs, for learning_curves.py")
     parser.add_argument("--largest", action="store_true", help="the most sequences that fit, recompute none and norms")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
