@@ -6,7 +6,6 @@
     python benchmarks/train_throughput.py --config based_360m attention_360m --length 2048 16384
     python benchmarks/train_throughput.py --config based_360m --profile
     python benchmarks/train_throughput.py --curve 300 --data PREFIX    # losses beside those of plain torch
-    python benchmarks/train_throughput.py --largest           # micro-batches that fit, four configurations
 
 Every row is a run of its own with full optimizer steps. Tokens/s: median over the steps after the first five. MFU:
 tokens/s × training FLOPs per token (3 × (2 × matrix parameters + the mixers' own FLOPs), based_mp/estimate.py) over
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import statistics
@@ -35,13 +33,13 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from based_mp.config import Config, load_config  # noqa: E402
-from based_mp.estimate import GIB, flops_per_token, memory_per_gpu  # noqa: E402
+from based_mp.config import load_config  # noqa: E402
+from based_mp.estimate import flops_per_token  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
 from benchmarks.timing import matmul_rate  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
-MICRO = dict.fromkeys(["based_360m", "attention_360m", "based_1.3b", "attention_1.3b"], 8)     # at 2048 tokens
+MICRO = {"based_360m": 8, "attention_360m": 8, "based_1.3b": 8, "attention_1.3b": 4}      # at 2048 tokens
 LINE = re.compile(r"step +(\d+)/\d+ \| loss +(\S+) .*\| +([\d,]+) tok/s/rank \| MFU +(\S+)% \| mem +(\S+) GiB "
                   r"\| data wait +(\S+)%")
 GROUPS = {                                              # the first that matches a kernel's name
@@ -144,64 +142,9 @@ def profile(config: str, arguments: list[str]) -> str:
                       "|---|---|---|", *rows, "largest of the element-wise, copies and other:", *largest])
 
 
-def largest(config: str, recompute: str, length: int) -> dict[str, Any]:
-    """The most sequences whose training step fits in this GPU, approached from below along a straight line through two
-    that are known to fit. In a process of its own: DeepSpeed keeps an engine's memory."""
-    from based_mp.model.based_model import forward_loss
-    from based_mp.parallel import state
-    from based_mp.training.engine import build_engine
-
-    def settings(micro: int) -> Config:
-        return load_config(REPO / f"configs/{config}.yaml", [
-            f"training.recompute={recompute}", f"training.seq_length={length}", f"training.micro_batch_size={micro}",
-            f"training.global_batch_size={micro}"])
-
-    engine = build_engine(settings(1), state.initialize(device="cuda"))
-
-    def peak(micro: int) -> float:
-        """GiB of two optimizer steps."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        tokens = torch.randint(0, 50257, (micro, length + 1), device="cuda")
-        batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones_like(tokens[:, 1:])}
-        for _ in range(2):
-            engine.backward(forward_loss(engine, batch))
-            engine.step()
-        return torch.cuda.max_memory_allocated() / GIB
-
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    known = max(2, MICRO[config] * 2048 // length)
-    peaks = {n: peak(n) for n in (known // 2, known)}
-    slope = (peaks[known] - peaks[known // 2]) / (known - known // 2)
-    micro = max(known, int(0.9 * (known + (total - peaks[known]) / slope)))
-    try:
-        while True:
-            peaks[micro] = peak(micro)
-            micro += 1
-    except torch.OutOfMemoryError:
-        pass
-    best = max(peaks)
-    one, two = (sum(memory_per_gpu(settings(n), 1).values()) / GIB for n in (1, 2))
-    return {"micro_batch": best, "peak_gib": peaks[best], "estimate_gib": one + (best - 1) * (two - one),
-            "estimate_micro_batch": int(1 + (total - one) / (two - one))}
-
-
-def print_largest(configs: list[str], length: int) -> None:
-    print(f"{torch.cuda.get_device_name()}, sequences of {length} tokens\n"
-          "| configuration | recompute | largest micro-batch | peak GiB | estimated for it | estimate's largest |\n"
-          "|---|---|---|---|---|---|", flush=True)
-    spawn = multiprocessing.get_context("spawn")
-    for config in configs:
-        for recompute in ("none", "norms"):
-            with spawn.Pool(1) as pool:
-                row = pool.apply(largest, (config, recompute, length))
-            print(f"| {config} | {recompute} | {row['micro_batch']} | {row['peak_gib']:.1f} | "
-                  f"{row['estimate_gib']:.1f} | {row['estimate_micro_batch']} |", flush=True)
-
-
 def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
-    """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (for what
-    rounding alone does), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
+    """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (as far as
+    rounding alone goes), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
     found, fp8 = {}, "training.fp8=rowwise"
     for name, part, backend, *more in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, ""),
                                        ("fp8", 1, "", fp8)):
@@ -216,7 +159,7 @@ def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: 
     print(f"| steps | {first} | {' | difference | '.join(names)} | difference |\n{'|---' * 2 * len(found)}|")
     for i, (ours, *others) in enumerate(zip(*means(50), strict=True)):
         cells = " | ".join(f"{x:.4f} | {x - ours:+.4f}" for x in others)
-        print(f"| {50 * i + 1}–{50 * i + 50} | {ours:.4f} | {cells} |")
+        print(f"| {50 * i + 1}–{min(50 * i + 50, len(found['kernels']))} | {ours:.4f} | {cells} |")
     ours, *others = means(10)
     worst = [max((b - a for a, b in zip(ours, x, strict=True)), key=abs) for x in others]
     print("largest difference of the means of ten steps: "
@@ -227,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=list(MICRO), choices=list(MICRO))
     parser.add_argument("--length", nargs="+", type=int, default=[2048])
-    parser.add_argument("--micro-batch", type=int, help="sequences; default 8 at 2048 tokens")
+    parser.add_argument("--micro-batch", type=int, help="sequences; default 8 (attention_1.3b 4) at 2048")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches an optimizer step")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--recompute", choices=["none", "norms", "selective", "full"],
@@ -238,7 +181,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
     parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m, also in plain torch and fp8")
     parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's runs, for learning_curves.py")
-    parser.add_argument("--largest", action="store_true", help="the most sequences that fit, recompute none and norms")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     parser.add_argument("--json", help="append the record to this file, one line a run")
     parser.add_argument("--commit", help="commit to record (default: git's)")
@@ -265,9 +207,6 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
     if args.curve:
         curve(lambda *sizes: overrides(data, cache, args.curve, args.length[0], *sizes, *more), args.micro_batch or 8,
               args.accumulation, args.tensorboard)
-        return
-    if args.largest:
-        print_largest(args.config, args.length[0])
         return
     commit = args.commit or git_commit()
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,

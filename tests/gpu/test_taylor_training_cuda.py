@@ -22,8 +22,9 @@ from tests.models import tiny_config
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.extension() is None, reason="needs a Hopper GPU and based_mp._C")
 STEPS, WINDOW, VOCAB = 200, 20, 64
-MODEL = {"d_model": 128, "num_heads": 2, "num_layers": 2, "linear_attention_layers": [1], "feature_dim": 16,
-         "sliding_attention_layers": [], "ffn_hidden_size": 256, "vocab_size": VOCAB, "init_std": 0.1}
+MODEL = {"d_model": 128, "num_heads": 2, "num_layers": 3, "linear_attention_layers": [1, 2],
+         "sliding_attention_layers": [], "feature_dim": 16, "ffn_hidden_size": 256, "vocab_size": VOCAB,
+         "init_std": 0.1}
 
 
 class Rounded(torch.autograd.Function):
@@ -61,8 +62,6 @@ def train(model: torch.nn.Module, start: list[Tensor], op: Callable[..., Tensor]
     """Losses [steps] of one batch again and again, bf16 with fp32 master weights, from the weights `start`."""
     parameters, device = list(model.parameters()), start[0].device
     masters = [w.clone() for w in start]
-    for master in masters:
-        master.grad = torch.zeros_like(master)
     optimizer = torch.optim.SGD(masters, lr=3e-3, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     symbols = torch.randint(0, VOCAB, (4, 8), generator=generator)                    # of each sequence
@@ -77,8 +76,8 @@ def train(model: torch.nn.Module, start: list[Tensor], op: Callable[..., Tensor]
             loss = forward_loss(model, batch)
             loss.backward()
             losses.append(loss.detach())
-            torch._foreach_copy_([w.grad for w in masters], [p.grad for p in parameters])
-            model.zero_grad()
+            for parameter, master in zip(parameters, masters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
             optimizer.step()
     return torch.stack(losses).double().cpu()
 
@@ -118,10 +117,10 @@ def test_losses_of_200_steps(runs):
     assert within_noise(train(model, start, linear_attention.taylor_linear_attention) - expected, noise)
 
 
-@pytest.mark.parametrize("wrong", [0, 1, 2], ids=["dq", "dk", "dv"])
-def test_a_gradient_off_by_a_twentieth_is_seen(runs, monkeypatch, wrong):
+def test_a_gradient_off_by_a_twentieth_is_seen(runs, monkeypatch):
+    """dk's, the one that moves the losses least."""
     model, start, expected, noise = runs
     right = taylor_cuda.taylor_backward
     monkeypatch.setattr(taylor_cuda, "taylor_backward", lambda *args: tuple(
-        1.05 * x if i == wrong else x for i, x in enumerate(right(*args))))
+        1.05 * x if i == 1 else x for i, x in enumerate(right(*args))))
     assert not within_noise(train(model, start, linear_attention.taylor_linear_attention) - expected, noise)
