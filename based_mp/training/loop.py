@@ -18,13 +18,13 @@ from based_mp.config import Config
 from based_mp.data.datasets import Datasets, batches, build_datasets, check_corpora, prepare_cache
 from based_mp.evaluation.perplexity import corpus_loss
 from based_mp.evaluation.slices import RecallSlices
-from based_mp.model.based_model import token_losses
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
 from based_mp.training.engine import build_engine, set_learning_rate, whole_copy
 from based_mp.training.health import StopSignal, check_loss
 from based_mp.training.metrics import Metrics
+from based_mp.training.micro_batch import MicroBatch, use_own_stream
 from based_mp.training.schedule import learning_rate
 
 
@@ -37,7 +37,9 @@ class Trainer:
         _, self.accumulation = config.check_world(ranks.world_size)
         prepare_cache(config, ranks)
         self.data: Datasets = build_datasets(config, ranks, self.eod)
+        use_own_stream(ranks.device)
         self.engine, self.step = self._engine_at_checkpoint()
+        self.micro_batch = MicroBatch(self.engine, config, ranks.device)
         self.saved_at = self.step if self.step else None
         self.metrics = Metrics(config, ranks, self.step)
         self.stop = StopSignal(ranks.device)
@@ -124,13 +126,10 @@ class Trainer:
         counted = self._tokens_in_step(micro_batches)
         total = torch.zeros((), device=self.ranks.device)
         for batch in micro_batches:
-            # DeepSpeed divides by the accumulation and averages over ranks: undo both, divide by the true count.
-            share = (token_losses(self.engine, batch) * batch["loss_mask"]).sum() / counted
-            self.engine.backward(share * (self.accumulation * self.ranks.dp_size))
+            total += self.micro_batch(batch, counted)
             if self.engine.is_gradient_accumulation_boundary():
                 self.grad_norm = self._stage_zero_norm()
             self.engine.step()
-            total += share.detach()
         if self.grad_norm is None:
             self.grad_norm = self.engine.get_global_grad_norm()
         return total
