@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
-    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m beside plain torch, on --data")
+    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m, also in plain torch and fp8")
     parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's runs, for learning_curves.py")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     parser.add_argument("--json", help="append the record to this file, one line a run")

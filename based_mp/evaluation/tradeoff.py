@@ -12,7 +12,8 @@ from based_mp.evaluation.recall import TASKS
 
 
 def read_points(path: Path) -> dict[str, dict[str, Any]]:
-    """By model name: accuracy (mean *contains* over its recall tasks), tasks, state_bytes, tokens_per_second.
+    """By model name: accuracy (mean *contains* over its recall tasks), its 95% interval, tasks, state_bytes,
+    tokens_per_second.
 
     From a file of launch/evaluate.py. Raises UserError for a model without recall tasks or without speed, and for
     models that were measured on different tasks or different batches.
@@ -31,8 +32,7 @@ def read_points(path: Path) -> dict[str, dict[str, Any]]:
         speed = record["speed"]
         points[name] = {
             "tasks": sorted(tasks), "shape": [speed[key] for key in ("batch", "prompt", "new", "device")],
-            "accuracy": sum(m["value"] for m in tasks.values()) / len(tasks),
-            "error": 1.96 * sum(m.get("stderr", 0.0) ** 2 for m in tasks.values()) ** 0.5 / len(tasks),
+            **_mean(list(tasks.values())),
             "state_bytes": speed["state_bytes"], "tokens_per_second": speed["tokens_per_second"]}
     if not points:
         raise UserError("the results hold no model: run launch/evaluate.py first")
@@ -44,12 +44,21 @@ def read_points(path: Path) -> dict[str, dict[str, Any]]:
     return points
 
 
+def _mean(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tasks' mean and its interval from theirs (MOVER, Zou & Donner 2008): none of 50 is not 0 ± 0."""
+    count, mean = len(tasks), sum(task["value"] for task in tasks) / len(tasks)
+    below, above = (sum((task.get("ci95", [0.0, 1.0])[side] - task["value"]) ** 2 for task in tasks) ** 0.5 / count
+                    for side in (0, 1))
+    return {"accuracy": mean, "interval": [mean - below, mean + above]}
+
+
 def table(points: dict[str, dict[str, Any]]) -> str:
     """In Markdown."""
     lines = ["| model | recall accuracy (95%) | state bytes a sequence | generated tokens/s |", "|---|---|---|---|"]
     for name, p in points.items():
-        lines.append(f"| {name} | {100 * p['accuracy']:.1f} ± {100 * p['error']:.1f} | {p['state_bytes']:,} | "
-                     f"{p['tokens_per_second']:,.0f} |")
+        low, high = p["interval"]
+        lines.append(f"| {name} | {100 * p['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f}) | "
+                     f"{p['state_bytes']:,} | {p['tokens_per_second']:,.0f} |")
     return "\n".join(lines)
 
 
@@ -63,10 +72,12 @@ def plot(points: dict[str, dict[str, Any]], path: Path) -> None:
               "tokens_per_second": f"generated tokens/s, batch {batch}, {prompt} + {new} tokens, {device}"}
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for name, p in points.items():
-            axes.errorbar(p[key], 100 * p["accuracy"], yerr=100 * p["error"], marker="o", capsize=3, label=name)
+            low, high = p["interval"]
+            spread = [[100 * (p["accuracy"] - low)], [100 * (high - p["accuracy"])]]
+            axes.errorbar(p[key], 100 * p["accuracy"], yerr=spread, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel=label)
         axes.grid(True, which="both", alpha=0.3)
-    panels[0].set_ylabel(f"recall accuracy (%), mean of {', '.join(first['tasks'])}")
+    panels[0].set_ylabel(f"recall accuracy (%), mean of\n{', '.join(first['tasks'])}")
     panels[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -20,28 +20,40 @@ from based_mp.ops import backends, fp8
 
 
 class Copies:
-    """fp8 copies of a weight [out, in], made when they are first needed after an optimizer step."""
+    """fp8 copies of a weight [out, in], renewed in place when they are first needed after an optimizer step.
+
+    rows: [out, in], a scale for each output; columns: [in, out], a scale for each input.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.forget()
+        self.rows: tuple[Tensor, Tensor] | None = None
+        self.columns: tuple[Tensor, Tensor] | None = None
+        self.current = False
 
     def forget(self, *_: object) -> None:
         """The weight has changed."""
-        self._rows: tuple[Tensor, Tensor] | None = None
-        self._columns: tuple[Tensor, Tensor] | None = None
+        self.current = False
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """[out, in], a scale for each output."""
-        if self._rows is None:
-            self._rows = fp8.quantize_rows(self.weight.detach())
-        return self._rows
+    def renew(self) -> None:
+        """To be called before they are read."""
+        if self.current:
+            return
+        weight = self.weight.detach()
+        rows, columns = fp8.quantize_rows(weight), fp8.quantize_rows(weight.t())
+        if self.rows is None:
+            self.rows, self.columns = rows, columns
+        else:                                     # where a CUDA graph reads them
+            for kept, new in zip((*self.rows, *self.columns), (*rows, *columns), strict=True):
+                kept.copy_(new)
+        self.current = True
 
-    def columns(self) -> tuple[Tensor, Tensor]:
-        """[in, out], a scale for each input."""
-        if self._columns is None:
-            self._columns = fp8.quantize_rows(self.weight.detach().t())
-        return self._columns
+
+def renew_copies(model: torch.nn.Module) -> None:
+    """All that are not current: what a CUDA graph of the model needs before it is recorded or started."""
+    for module in model.modules():
+        if isinstance(getattr(module, "fp8_copies", None), Copies):
+            module.fp8_copies.renew()
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup, *, wait: bool = True) -> tuple[Tensor, Any]:
@@ -64,10 +76,11 @@ class _Linear(torch.autograd.Function):
         ctx.copies, ctx.group = copies, group
         ctx.sum = weight.main_grad if add_to_sum else None
         ctx.allreduce, ctx.sequence_parallel = allreduce, sequence_parallel
+        copies.renew()
         operand = fp8.quantize_rows(x.flatten(0, 1))
         if sequence_parallel:
             operand = tuple(_gathered(t, group)[0] for t in operand)
-        return fp8.product(operand, copies.rows()).unflatten(0, (-1, x.shape[1]))
+        return fp8.product(operand, copies.rows).unflatten(0, (-1, x.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
@@ -76,7 +89,7 @@ class _Linear(torch.autograd.Function):
         x, dy = x.flatten(0, 1), dy.flatten(0, 1).contiguous()
         if ctx.sequence_parallel:
             x, handle = _gathered(x, ctx.group, wait=False)
-        dx = fp8.product(fp8.quantize_rows(dy), ctx.copies.columns())
+        dx = fp8.product(fp8.quantize_rows(dy), ctx.copies.columns)
         if ctx.sequence_parallel:
             handle.wait()
             whole, dx = dx, torch.empty(dx.shape[0] // ctx.group.size(), dx.shape[1], dtype=dx.dtype, device=dx.device)
@@ -112,7 +125,7 @@ def use_fp8(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if any(width % fp8.WIDTH_MULTIPLE for width in module.weight.shape):
             odd.append(f"{name} {tuple(module.weight.shape)}")
             continue
-        copies = Copies(module.weight)
+        module.fp8_copies = copies = Copies(module.weight)
         module._forward_impl = partial(_forward, copies)
         optimizer.register_step_post_hook(copies.forget)
     if odd:

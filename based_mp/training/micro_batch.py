@@ -17,6 +17,7 @@ from torch import Tensor
 
 from based_mp.config import BASED_MIXERS, Config
 from based_mp.model.based_model import token_losses
+from based_mp.model.fp8 import renew_copies
 from based_mp.ops import backends
 from based_mp.training.bf16_optimizer import FusedBF16Optimizer
 
@@ -29,8 +30,6 @@ def graph_refusal(config: Config, engine: Any, device: torch.device) -> str | No
         return "training.cuda_graph is false"
     if not isinstance(engine.optimizer, FusedBF16Optimizer):
         return "only ZeRO-1 in bf16 keeps its gradients in one place"
-    if config.training.fp8 != "none":
-        return "the fp8 copies of the weights are renewed outside of it"
     if config.training.recompute == "full":
         return "full recomputation restores the random state on the host"
     if config.data.reset_state_at_documents:
@@ -67,6 +66,7 @@ class MicroBatch:
             # DeepSpeed divides by the accumulation and averages over ranks.
             self.engine.backward(share * (self.accumulation * self.dp_size))
             return share.detach()
+        renew_copies(self.engine.module)
         if self.graph is None:
             self._record(batch)
         for name, value in self.inputs.items():

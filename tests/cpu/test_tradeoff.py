@@ -8,8 +8,8 @@ import pytest
 from based_mp.errors import UserError
 from based_mp.evaluation import tradeoff
 
-RECORD = {"tasks": {"swde": {"metrics": {"contains": {"value": 0.2, "stderr": 0.03}}},
-                    "fda": {"metrics": {"contains": {"value": 0.4, "stderr": 0.04}}},
+RECORD = {"tasks": {"swde": {"metrics": {"contains": {"value": 0.2, "ci95": [0.15, 0.26]}}},
+                    "fda": {"metrics": {"contains": {"value": 0.4, "ci95": [0.33, 0.48]}}},
                     "piqa": {"metrics": {"acc": {"value": 0.9}}}},
           "speed": {"batch": 16, "prompt": 1024, "new": 128, "device": "cpu", "tokens_per_second": 5000.0,
                     "state_bytes": 1000}}
@@ -26,8 +26,9 @@ def test_points_table_and_figure(tmp_path):
     other["speed"] |= {"state_bytes": 9000, "tokens_per_second": 700.0}
     points = tradeoff.read_points(write(tmp_path / "a.json", based=RECORD, other=other))
     assert points["based"]["accuracy"] == pytest.approx(0.3)
-    assert points["based"]["error"] == pytest.approx(1.96 * 0.025)              # √(0.03² + 0.04²) / 2
-    assert "| other | 30.0 ± 4.9 | 9,000 | 700 |" in tradeoff.table(points)
+    low, high = points["based"]["interval"]
+    assert low == pytest.approx(0.3 - 0.0074 ** 0.5 / 2) and high == pytest.approx(0.35)     # √(0.06² + 0.08²) / 2
+    assert "| other | 30.0 (25.7 to 35.0) | 9,000 | 700 |" in tradeoff.table(points)
     tradeoff.plot(points, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
 

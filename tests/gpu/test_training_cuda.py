@@ -83,10 +83,12 @@ def run(ranks, folder, *, steps, graph=True, before_step=lambda step: None, **se
     return lines, trainer
 
 
-@pytest.mark.parametrize("recompute", ["none", "norms", "selective"])
-def test_graph_equals_eager(ranks, tmp_path, recompute):
-    ours, trainer = run(ranks, tmp_path, steps=8, training={"recompute": recompute})
-    expected, eager = run(ranks, tmp_path, steps=8, graph=False, training={"recompute": recompute})
+@pytest.mark.parametrize("recompute, fp8", [("none", "none"), ("norms", "none"), ("selective", "none"),
+                                            ("norms", "rowwise")])
+def test_graph_equals_eager(ranks, tmp_path, recompute, fp8):
+    training = {"recompute": recompute, "fp8": fp8}
+    ours, trainer = run(ranks, tmp_path, steps=8, training=training)
+    expected, eager = run(ranks, tmp_path, steps=8, graph=False, training=training)
     assert trainer.micro_batch.graph is not None and eager.micro_batch.graph is None
     assert ours[0] == expected[0] and len({loss for loss, _ in ours}) == 8
     for (loss, norm), (other, other_norm) in zip(ours, expected, strict=True):

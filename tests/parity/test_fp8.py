@@ -176,6 +176,19 @@ def test_copies_of_weights_are_made_once_a_step(gloo_process, monkeypatch, zero)
     assert kept == again
 
 
+def test_copies_are_renewed_in_place():
+    """A CUDA graph reads them where they were when it was recorded."""
+    weight = torch.randn(32, 16).bfloat16()
+    copies = linear.Copies(weight)
+    copies.renew()
+    tensors = (*copies.rows, *copies.columns)
+    weight.mul_(-8)
+    copies.forget()
+    copies.renew()
+    assert all(a is b for a, b in zip(tensors, (*copies.rows, *copies.columns), strict=True))
+    assert torch.equal(value(copies.rows), scaled(weight)) and torch.equal(value(copies.columns), scaled(weight.t()))
+
+
 def test_widths_that_do_not_fit_stay_in_bf16_with_one_warning(gloo_process):
     with pytest.warns(UserWarning, match="4 linear layers stay in bf16 under training.fp8.*mlp.linear_fc2") as seen:
         model = built(model={"ffn_hidden_size": 88})
