@@ -21,6 +21,12 @@ int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream)
 // W is [gate; up] and y [rows, columns / 2]; with add_to, y + bias goes there (residual dtype) and y is null.
 int decode_linear(const void* x, const void* weight, void* y, const void* norm_weight, float eps, void* add_to, const void* bias,
                   int fp32_residual, int swiglu, int rows, int columns, int inner, void* stream);
+// y = x W^T and what follows, see decode_product.cu: kind 0 plain, 1 swiglu, 2 conv, 3 add. Every block makes 64 `groups` columns over
+// one of `splits` (1, 2, 4, 8) parts of the inner dimension. squares [parts, rows] or null; next_squares [tiles, rows].
+int decode_product(const void* x, const void* weight, void* y, int kind, int rows, int width, int inner, int groups, int splits,
+                   const float* squares, int parts, float eps, void* residual, int fp32_residual, const void* bias,
+                   const void* next_norm, float* next_squares, const void* taps, int tap_count, const int* slots, void* carry,
+                   void* stream);
 // Gated convolution, x [rows, 2 channels] without its bias [2 channels], carry [slots, taps - 1, channels] shifts in place.
 int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows, int channels,
                 int taps, void* stream);
