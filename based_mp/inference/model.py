@@ -22,10 +22,15 @@ from based_mp.config import ModelConfig
 from based_mp.inference.state import StatePool
 from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
+from based_mp.ops.decode_torch import Pending
 from based_mp.ops.fused.rotary_attention import rope_frequency
 from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.ops.window_attention import causal_attention
+
+# A residual stream before a norm, as the operations of `based_mp.ops.decode_torch` take it: the stream [n, d_model],
+# what it has still to take in, the norm's weights and epsilon.
+Stream = tuple[Tensor, Any, Tensor, float]
 
 
 @dataclass
@@ -79,10 +84,11 @@ class ConvMixer:
         channels, taps = self.conv.shape
         return {"carry": self.conv.new_zeros(slots, taps - 1, channels)}
 
-    def step(self, x: Tensor, rows: Rows, carry: Tensor) -> Tensor:
-        return self.ops.conv_step(x, self.bias, self.conv, rows.slots, carry)
+    def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Tensor:
+        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry)
 
-    def prefill(self, x: Tensor, pack: Pack, carry: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, carry[pack.slots])
         return y
 
@@ -105,10 +111,12 @@ class TaylorMixer:
         return {"kv": torch.zeros(slots, self.heads, features, self.head_dim, **empty),
                 "z": torch.zeros(slots, self.heads, features, **empty)}
 
-    def step(self, x: Tensor, rows: Rows, kv: Tensor, z: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, kv: Tensor, z: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         return self.ops.taylor_step_(x, rows.slots, kv, z, self.decay, self.feature_dim)
 
-    def prefill(self, x: Tensor, pack: Pack, kv: Tensor, z: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         f, heads = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None if pack.fresh else TaylorState(kv[pack.slots], z[pack.slots])
         o, after = taylor_linear_attention(heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :], decay=self.decay,
@@ -130,10 +138,12 @@ class SoftmaxMixer:
         shape = (slots, self.heads, length if self.window is None else self.window, self.padded)
         return {"keys": self.linear_in.new_zeros(shape), "values": self.linear_in.new_zeros(shape)}
 
-    def step(self, x: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         return self.ops.attention_step(x, rows.slots, rows.pool.positions, rows.rotation, keys, values, self.head_dim)
 
-    def prefill(self, x: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         q, k, v = self.ops.rope_run(x, pack.rotation, self.heads, self.head_dim, self.padded)
         if pack.fresh:
             longest = max(pack.lengths)
@@ -167,21 +177,24 @@ class SoftmaxMixer:
 class ModuleMixer:
     """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
 
-    def __init__(self, module: RowMixer, dtype: torch.dtype) -> None:
-        self.module, self.dtype, self.linear_out, self.out_bias = module, dtype, module.linear_out.weight, None
+    def __init__(self, module: RowMixer, ops: object, dtype: torch.dtype) -> None:
+        self.module, self.ops, self.dtype = module, ops, dtype
+        self.linear_out, self.out_bias = module.linear_out.weight, None
 
-    def project(self, x: Tensor) -> Tensor:
-        return self.module.project(x[None])[0]
+    def _project(self, stream: Stream) -> Tensor:
+        return self.module.project(self.ops.add_norm(*stream)[None])[0]
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         state = self.module.init_state(slots, self.linear_out.device, self.dtype, length)
         self.kind = type(state)
         return vars(state)
 
-    def step(self, x: Tensor, rows: Rows, **buffers: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, **buffers: Tensor) -> Tensor:
+        x = self._project(stream)
         return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers)
 
-    def prefill(self, x: Tensor, pack: Pack, **buffers: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, **buffers: Tensor) -> Tensor:
+        x = self._project(stream)
         return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
                              buffers)
 
@@ -234,7 +247,7 @@ class InferenceModel:
         elif kind == "linear_attention":
             mixer = TaylorMixer(own, self.ops, self.config, self.tp_rank, self.tp_size)
         elif isinstance(module, RowMixer):
-            mixer = ModuleMixer(module, self.dtype)
+            mixer = ModuleMixer(module, self.ops, self.dtype)
         else:
             window = self.config.window if kind == "sliding_attention" else None
             mixer = SoftmaxMixer(own, self.ops, self.config, window, self.tp_size)
@@ -253,7 +266,8 @@ class InferenceModel:
         residual, rotation = self.ops.embed_step(pool, slots, self.embedding, self._first_id, self.residual_dtype,
                                                  self.frequency)
         rows = Rows(pool, slots, rotation)
-        return self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.step(x, rows, **state))
+        return self._run(self._sum(residual), pool,
+                         lambda layer, stream, state: layer.mixer.step(stream, rows, **state))
 
     @torch.no_grad()
     def prefill(self, pool: StatePool, tokens: list[list[int]], slots: list[int], starts: list[int], *,
@@ -265,7 +279,8 @@ class InferenceModel:
         ids = torch.tensor([token for piece in tokens for token in piece], device=self.device)
         pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.frequency, self.ops)
         residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
-        logits = self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.prefill(x, pack, **state),
+        logits = self._run(self._sum(residual), pool,
+                           lambda layer, stream, state: layer.mixer.prefill(stream, pack, **state),
                            None if every else pack.last)
         pool.positions[pack.slots] = pack.ends
         return logits
@@ -274,26 +289,27 @@ class InferenceModel:
     def _first_id(self) -> int:
         return self.tp_rank * self.embedding.shape[0]
 
-    def _run(self, residual: Tensor, pool: StatePool, mix: object, last: Tensor | None = None) -> Tensor:
-        ops, eps, out, bias = self.ops, self.config.norm_eps, None, None
-        for layer, state in zip(self.layers, pool.buffers, strict=True):
-            if isinstance(layer.mixer, ModuleMixer):
-                x = layer.mixer.project(ops.add_norm(residual, out, bias, layer.norm, eps))
-            else:
-                x = ops.norm_linear(residual, out, bias, layer.norm, eps, layer.mixer.linear_in)
-            out, bias = self._out(mix(layer, x, state), layer.mixer.linear_out, layer.mixer.out_bias, residual)
-            if layer.fc1 is not None:
-                x = ops.norm_linear(residual, out, bias, layer.mlp_norm, eps, layer.fc1, swiglu=True)
-                out, bias = self._out(x, layer.fc2, None, residual)
+    def _run(self, residual: Tensor, pool: StatePool, mix: Callable[[Layer, Stream, dict[str, Tensor]], Tensor],
+             last: Tensor | None = None) -> Tensor:
+        ops, eps, pending = self.ops, self.config.norm_eps, None
+        after = [layer.norm for layer in self.layers[1:]] + [self.norm]
+        for layer, state, next_norm in zip(self.layers, pool.buffers, after, strict=True):
+            mlp = layer.fc1 is not None
+            x = mix(layer, (residual, pending, layer.norm, eps), state)
+            pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
+                                layer.mlp_norm if mlp else next_norm)
+            if mlp:
+                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True)
+                pending = self._out(x, layer.fc2, None, residual, next_norm)
         if last is not None:
-            residual, out = residual[last], None if out is None else out[last]
-        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, out, bias, self.norm, eps, self.head))
+            residual, pending = residual[last], pending[last]
+        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, pending, self.norm, eps, self.head))
 
-    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, ...]:
-        """What the next norm adds to the residual stream, and its bias."""
+    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Any:
+        """A layer's result on its way into the residual stream: what the next norm takes as pending."""
         if self.tp_size == 1:
-            return self.ops.linear_add(x, weight, bias, residual)
-        return self._sum(self.ops.linear(x, weight)), bias
+            return self.ops.linear_add(x, weight, bias, residual, next_norm)
+        return Pending(self._sum(self.ops.linear(x, weight)), bias)
 
     def _sum(self, x: Tensor) -> Tensor:
         return reduce_from_tensor_model_parallel_region(x) if self.tp_size > 1 else x

@@ -7,6 +7,7 @@ Nothing waits for the device, so everything here can be captured in CUDA graphs.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops.backends import extension
-from based_mp.ops.decode_torch import conv_run, embed, rotations
+from based_mp.ops.decode_torch import Pending, conv_run, embed, rotations
 
-__all__ = ["attention_step", "conv_run", "conv_step", "embed", "embed_step", "linear", "linear_add", "norm_linear",
+__all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linear_add", "norm_conv_step", "norm_linear",
            "rope_run", "rotations", "sample", "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
-MAX_ROWS_LINEAR = 4              # rows that decode_linear takes, norm, SwiGLU and residual inside; cuBLAS from there on
+MOST_ROWS = 256                  # rows that decode_product takes, with what is around a product inside; cuBLAS beyond
+PLAIN, SWIGLU, CONV, ADD = range(4)                 # its kinds
+BLOCKS = 132                     # of decode_product: one on each multiprocessor of an H100
 SPLIT_BLOCKS = 924               # blocks of decode_attention that an H100 runs at once, seven on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
@@ -44,60 +47,98 @@ def embed_step(pool: Any, slots: Tensor, table: Tensor, first: int, residual_dty
     return residual, rotation
 
 
-def _add_norm(residual: Tensor, out: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)
-    extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(weight),
+def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty(residual.shape, dtype=norm_weight.dtype, device=residual.device)
+    out, bias = (None, None) if pending is None else (pending.out, pending.bias)
+    extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(norm_weight),
                                 _at(y), eps, *residual.shape, _stream())
     return y
 
 
-def _few_rows(x: Tensor, weight: Tensor, y: Tensor | None, *, norm: Tensor | None = None, eps: float = 0.0,
-              add_to: Tensor | None = None, bias: Tensor | None = None, swiglu: bool = False) -> None:
-    residual = x if norm is not None else add_to
-    fp32 = residual is not None and residual.dtype == torch.float32
-    extension().decode_linear(_at(x), _at(weight), _at(y), _at(norm), eps, _at(add_to), _at(bias), fp32, swiglu,
-                              x.shape[0], *weight.shape, _stream())
+@dataclass
+class Scaled:
+    """The residual stream, nothing pending, times the weights of the norm that reads it next: x bf16 [n, d_model].
+
+    squares: sums of its squares over parts of d_model, fp32 [parts, n], for the norm's factor.
+    """
+
+    x: Tensor
+    squares: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Scaled:
+        return Scaled(self.x[rows], self.squares[:, rows])
 
 
-def norm_linear(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_weight: Tensor, eps: float,
-                weight: Tensor, *, swiglu: bool = False) -> Tensor:
-    rows, columns = residual.shape[0], weight.shape[0]
-    if rows <= MAX_ROWS_LINEAR:
-        y = weight.new_empty(rows, columns // 2 if swiglu else columns)
-        if out is None:
-            _few_rows(residual, weight, y, norm=norm_weight, eps=eps, swiglu=swiglu)
-        else:
-            _few_rows(_add_norm(residual, out, bias, norm_weight, eps), weight, y, swiglu=swiglu)
-        return y
-    return _many_rows(_add_norm(residual, out, bias, norm_weight, eps), weight, swiglu=swiglu)
+def _shape(rows: int, width: int, paired: bool, inner: int) -> tuple[int, int]:
+    """(groups, splits) of `decode_product`: 64 columns of the weights a group, parts of the inner dimension."""
+    columns = width * (2 if paired else 1)
+    groups = 1 if rows > 128 or columns < 64 * 28 else 2
+    tiles = -(-columns // (64 * groups))
+    splits = 8
+    while splits > 1 and (tiles * splits > BLOCKS or inner < 64 * splits):
+        splits //= 2
+    return groups, splits
 
 
-def _many_rows(x: Tensor, weight: Tensor, *, swiglu: bool = False) -> Tensor:
+def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = None, eps: float = 0.0,
+             residual: Tensor | None = None, bias: Tensor | None = None, next_norm: Tensor | None = None,
+             taps: Tensor | None = None, slots: Tensor | None = None, carry: Tensor | None = None) -> Any:
+    (rows, inner), columns = x.shape, weight.shape[0]
+    paired = kind in (SWIGLU, CONV)
+    width = columns // 2 if paired else columns
+    groups, splits = _shape(rows, width, paired, inner)
+    y, sums = weight.new_empty(rows, width), None
+    if kind == ADD:
+        sums = torch.empty(-(-width // (64 * groups)), rows, dtype=torch.float32, device=x.device)
+    extension().decode_product(_at(x), _at(weight), _at(y), kind, rows, width, inner, groups, splits, _at(squares),
+                               0 if squares is None else squares.shape[0], eps, _at(residual),
+                               residual is not None and residual.dtype == torch.float32, _at(bias), _at(next_norm),
+                               _at(sums), _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry),
+                               _stream())
+    return y if sums is None else Scaled(y, sums)
+
+
+def _normed(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor,
+            eps: float) -> tuple[Tensor, Tensor | None]:
+    """A norm's result; or what has yet to be multiplied by its factor, and the sums of squares for it."""
+    if isinstance(pending, Scaled):
+        return pending.x, pending.squares
+    return _add_norm(residual, pending, norm_weight, eps), None
+
+
+def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
+                swiglu: bool = False) -> Tensor:
+    x, squares = _normed(residual, pending, norm_weight, eps)
+    rows, columns = x.shape[0], weight.shape[0]
+    if rows <= MOST_ROWS:
+        return _product(SWIGLU if swiglu else PLAIN, x, weight, squares=squares, eps=eps)
     x = F.linear(x, weight)
     if not swiglu:
         return x
-    rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
     extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
     return y
 
 
+def norm_conv_step(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor,
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
+    x, squares = _normed(residual, pending, norm_weight, eps)
+    if x.shape[0] <= MOST_ROWS:
+        return _product(CONV, x, weight, squares=squares, eps=eps, bias=bias, taps=conv, slots=slots, carry=carry)
+    return _conv_step(F.linear(x, weight), bias, conv, slots, carry)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    if x.shape[0] > MAX_ROWS_LINEAR:
-        return _many_rows(x, weight)
-    y = weight.new_empty(x.shape[0], weight.shape[0])
-    _few_rows(x, weight, y)
-    return y
+    return _product(PLAIN, x, weight) if x.shape[0] <= MOST_ROWS else F.linear(x, weight)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if x.shape[0] > MAX_ROWS_LINEAR:
-        return _many_rows(x, weight), bias
-    _few_rows(x, weight, None, add_to=residual, bias=bias)
-    return None, None
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Pending | Scaled:
+    if x.shape[0] > MOST_ROWS:
+        return Pending(F.linear(x, weight), bias)
+    return _product(ADD, x, weight, residual=residual, bias=bias, next_norm=next_norm)
 
 
-def conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
+def _conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
     rows, (channels, taps) = x.shape[0], weight.shape
     y = x.new_empty(rows, channels)
     extension().decode_conv(_at(x), _at(bias), _at(weight), _at(slots), _at(carry), _at(y), rows, channels, taps,
