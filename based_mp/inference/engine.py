@@ -12,7 +12,7 @@ from based_mp.errors import UserError
 from based_mp.inference.cuda_graph import Decoder
 from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
-from based_mp.inference.state import SequenceState, StatePool
+from based_mp.inference.state import SequenceState, StatePool, to_device
 
 LAG = 2                          # steps the host stays behind the GPU, so that neither waits for the other
 
@@ -149,7 +149,7 @@ class Engine:
         slots, options = [s.slot for s in admitted], [s.sampling for s in admitted]
         self.pool.set_sampling(slots, [o.temperature for o in options], [o.top_k or 0 for o in options],
                                [1.0 if o.top_p is None else o.top_p for o in options], [o.seed for o in options])
-        rows = torch.tensor(slots, dtype=torch.int32, device=self.model.device)
+        rows = to_device(torch.tensor(slots, dtype=torch.int32), self.model.device)
         self.running += admitted
         self._launch(admitted, *self.model.ops.sample(logits, self.pool, rows, 0))
 

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from based_mp.config import ModelConfig
-from based_mp.inference.state import StatePool
+from based_mp.inference.state import StatePool, to_device
 from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
 from based_mp.ops.decode_torch import Pending
@@ -52,15 +52,15 @@ class Pack:
                  frequency: Tensor, ops: object) -> None:
         device = pool.positions.device
         self.pool, self.starts, self.lengths, self.fresh = pool, starts, lengths, not any(starts)
-        self.slot_list, self.slots = slots, torch.tensor(slots, device=device)
+        self.slot_list, self.slots = slots, to_device(slots, device)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
-        self.bounds = bounds.to(device, torch.int32)
-        self.last = (bounds[1:] - 1).to(device)                       # last token of every piece
+        self.bounds = to_device(bounds.int(), device)
+        self.last = to_device(bounds[1:] - 1, device)                 # last token of every piece
         self._ends = torch.tensor(starts) + torch.tensor(lengths)
         self._document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         self._positions = (torch.tensor(starts) - bounds[:-1])[self._document] + torch.arange(int(bounds[-1]))
-        self.ends = self._ends.to(device, torch.int32)                # tokens every slot has seen after the pack
-        self.rotation = ops.rotations(self._positions.to(device), frequency)
+        self.ends = to_device(self._ends.int(), device)               # tokens every slot has seen after the pack
+        self.rotation = ops.rotations(to_device(self._positions, device), frequency)
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +69,7 @@ class Pack:
             tokens = (self._ends[self._document] - self._positions <= capacity).nonzero()[:, 0]
             slots = torch.tensor(self.slot_list)[self._document[tokens]]
             kept = (tokens, slots, self._positions[tokens] % capacity)
-            self._kept[capacity] = tuple(t.to(self.slots.device) for t in kept)
+            self._kept[capacity] = tuple(to_device(t, self.slots.device) for t in kept)
         return self._kept[capacity]
 
 
@@ -168,7 +168,7 @@ class SoftmaxMixer:
             for part, buffer, own in zip(parts, (keys, values), new, strict=True):
                 part += [buffer[slot][:, ring].transpose(0, 1), own]
         totals = [n + own for n, own in zip(history, pack.lengths, strict=True)]
-        bounds = torch.tensor([0, *totals]).cumsum(0).to(q.device, torch.int32)
+        bounds = to_device(torch.tensor([0, *totals]).cumsum(0).int(), q.device)
         return causal_attention(q[None], torch.cat(parts[0])[None], torch.cat(parts[1])[None], window=self.window,
                                 cu_seqlens=pack.bounds, cu_seqlens_k=bounds,
                                 longest=(max(pack.lengths), max(totals)))
@@ -276,7 +276,7 @@ class InferenceModel:
 
         starts: tokens that each slot has seen. every: logits after every token [all tokens, padded vocab] instead.
         """
-        ids = torch.tensor([token for piece in tokens for token in piece], device=self.device)
+        ids = to_device([token for piece in tokens for token in piece], self.device)
         pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.frequency, self.ops)
         residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
         logits = self._run(self._sum(residual), pool,
