@@ -153,20 +153,49 @@ __global__ void attention_join(const __grid_constant__ Attention p) {
     p.o[at * p.head_dim + i] = __float2bfloat16(all / whole);
 }
 
-__global__ void rope_run(const bf16* x, const float* rotation, bf16* q, bf16* k, bf16* v, int64_t elements, int heads, int head_dim,
-                         int padded, int half, float q_factor) {
+// Eight elements of a padded head a thread. `aligned`: they, and those that they are rotated with, are 16 bytes of one row.
+__global__ void rope_run(const bf16* x, const float* rotation, bf16* q, bf16* k, bf16* v, int64_t vectors, int heads, int head_dim,
+                         int padded, int half, float q_factor, bool aligned) {
     let_next_start();
     wait_for_previous();
     const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (n >= elements) return;
-    const int i = n % padded;
-    const int64_t at = n / padded;               // token * heads + head
-    if (i >= head_dim) { q[n] = k[n] = v[n] = __float2bfloat16(0.f); return; }
+    if (n >= vectors) return;
+    const int first = n % (padded / 8) * 8;
+    const int64_t at = n / (padded / 8);         // token * heads + head
     const bf16* in = x + at * 3 * head_dim;
     const float* cosine = rotation + at / heads * 2 * half;
-    q[n] = __float2bfloat16(rotated(in, cosine, i, half) * q_factor);
-    k[n] = __float2bfloat16(rotated(in + head_dim, cosine, i, half));
-    v[n] = in[2 * head_dim + i];
+    float a[8], b[8];
+    if (aligned) {
+        const int f = first < half ? first : first - half, other = first < half ? first + half : f;
+        const bool turned = first < 2 * half;
+        float c[8], s[8], u[8];
+        load8<false>(in, first, a);
+        load8<false>(in + head_dim, first, b);
+        if (turned) { load8<true>(cosine, f, c); load8<true>(cosine + half, f, s); }
+        #pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            float (&own)[8] = part ? b : a;
+            if (turned) load8<false>(in + part * head_dim, other, u);
+            #pragma unroll
+            for (int j = 0; j < 8; ++j)
+                if (turned) own[j] = rounded(own[j] * c[j] + (first < half ? -u[j] : u[j]) * s[j]);
+        }
+        ((uint4*)v)[n] = *(const uint4*)(in + 2 * head_dim + first);
+    } else {
+        float own[8];
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const bool real = first + j < head_dim;
+            a[j] = real ? rotated(in, cosine, first + j, half) : 0.f;
+            b[j] = real ? rotated(in + head_dim, cosine, first + j, half) : 0.f;
+            own[j] = real ? __bfloat162float(in[2 * head_dim + first + j]) : 0.f;
+        }
+        store8<false>(v, n * 8, own);
+    }
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) a[j] *= q_factor;
+    store8<false>(q, n * 8, a);
+    store8<false>(k, n * 8, b);
 }
 
 extern "C" int decode_attention(const void* x, const int* slots, const int* positions, const float* rotation, void* keys, void* values,
@@ -183,7 +212,8 @@ extern "C" int decode_attention(const void* x, const int* slots, const int* posi
 
 extern "C" int prefill_rope(const void* x, const float* rotation, void* q, void* k, void* v, int64_t tokens, int heads, int head_dim,
                             int padded, int half, float q_factor, void* stream) {
-    const int64_t elements = tokens * heads * padded;
-    return launch(rope_run, (unsigned)((elements + 255) / 256), 256, 0, stream, (const bf16*)x, rotation, (bf16*)q, (bf16*)k, (bf16*)v,
-                  elements, heads, head_dim, padded, half, q_factor);
+    const int64_t vectors = tokens * heads * (padded / 8);
+    if (padded % 8) return (int)cudaErrorInvalidValue;
+    return launch(rope_run, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, rotation, (bf16*)q, (bf16*)k, (bf16*)v,
+                  vectors, heads, head_dim, padded, half, q_factor, head_dim % 8 == 0 && half % 8 == 0);
 }

@@ -24,6 +24,7 @@ enum Kind { kPlain, kSwiglu, kConv, kAdd };
 struct Product {
     bf16* y;
     int kind, rows, width, chunks, splits, stages;           // width: columns of y
+    int late, ahead; const bf16* weight;
     const float* squares;                                    // [parts, rows], or null
     int parts, inner;
     float eps;
@@ -73,7 +74,9 @@ __device__ __forceinline__ void store4(bf16* to, const float (&x)[4]) { *(uint2*
 
 // Four channels of a row; u1, u2: the product, rounded.
 template <int Count> __device__ __forceinline__ void convolve(const Product& p, int64_t window, int c, float (&u1)[4], float (&u2)[4]) {
-    float w[Count][4], b1[4], b2[4];
+    float w[Count][4], b1[4], b2[4], taps[Count * 4];
+    #pragma unroll
+    for (int i = 0; i < Count; ++i) load4(p.taps + (int64_t)c * Count + i * 4, *(float(*)[4])(taps + i * 4));
     load4(p.bias + c, b1);
     load4(p.bias + p.width + c, b2);
     #pragma unroll
@@ -89,7 +92,7 @@ template <int Count> __device__ __forceinline__ void convolve(const Product& p, 
     for (int j = 0; j < 4; ++j) {
         float sum = 0.f;
         #pragma unroll
-        for (int i = 0; i < Count; ++i) sum += w[i][j] * __bfloat162float(p.taps[(c + j) * Count + i]);
+        for (int i = 0; i < Count; ++i) sum += w[i][j] * taps[j * Count + i];
         u1[j] = silu(sum) * u2[j];
     }
 }
@@ -101,7 +104,7 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
     extern __shared__ char memory[];
     __shared__ uint64_t barriers[2 * kMostStages];
     __shared__ float factor[N];
-    let_next_start();
+    if (!p.late) let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = blockIdx.x % p.splits, tile = blockIdx.x / p.splits, row0 = blockIdx.y * N;
     const bool paired = p.kind == kSwiglu || p.kind == kConv;
@@ -109,6 +112,8 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
     const int begin = rank * p.chunks / p.splits, count = (rank + 1) * p.chunks / p.splits - begin;
     const uint32_t base = (address(memory) + 1023) & ~1023u, full = address(barriers), empty = full + kMostStages * 8;
     if (threadIdx.x == Threads) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&weight) : "memory");
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
         for (int s = 0; s < p.stages; ++s) { init(full + s * 8, 1); init(empty + s * 8, G * 4); }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         taylor::fence_for_tensor_cores();
@@ -128,7 +133,7 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
             };
             const int first = min(p.stages, count);
             for (int c = 0; c < first; ++c) load(c, true);
-            for (int c = first; c < count; ++c) prefetch_box(&weight, (begin + c) * kChunk, column0, 0);
+            if (p.ahead == 1) for (int c = first; c < count; ++c) prefetch_box(&weight, (begin + c) * kChunk, column0, 0);
             wait_for_previous();
             for (int c = 0; c < first; ++c) load(c, false);
             for (int c = first; c < count; ++c) {
@@ -136,10 +141,19 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
                 load(c, true);
                 load(c, false);
             }
+            if (p.late) let_next_start();
         }
         __syncwarp();
     } else if (warp == G * 4 + 1) {                                   // what the end of the block needs
         const int columns = min(tile_width, p.width - column0);
+        const int first = min(p.stages, count), more = count - first;
+        if (p.ahead == 2)
+            for (int i = lane; i < M * more; i += 32) {
+                const int r = i / more, c = i % more, of = r % tile_width, part = r / tile_width;
+                if (of < columns)
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.weight + ((int64_t)part * p.width + column0 + of) * p.inner
+                                                                + (begin + first + c) * kChunk));
+            }
         if (lane == 0 && p.kind == kAdd) {
             prefetch(p.next_norm + column0, columns * 2);
             if (p.bias) prefetch(p.bias + column0, columns * 2);
@@ -273,13 +287,14 @@ static bool make_map(CUtensorMap* map, const void* matrix, int inner, int height
 
 template <int N, int G> static int run(Product p, const void* x, const void* weight, void* stream) {
     constexpr int M = 64 * G, Stage = (M + N) * kChunk * 2, Result = N * (M + 4) * 4;
-    constexpr int Most = (N * G <= 256 ? 110 : 224) * 1024;           // two blocks on a multiprocessor, or one
-    static_assert(Result <= Most && Stage * 2 <= Most, "does not fit");
+    const int Most = (p.kind >> 16 & 1 ? 224 : 110) * 1024;           // two blocks on a multiprocessor, or one
+    p.late = p.kind >> 8 & 1; p.ahead = p.kind >> 9 & 3; const int cap = p.kind >> 12 & 15; p.kind &= 255; p.weight = (const bf16*)weight;
     const int parts = p.kind == kSwiglu || p.kind == kConv ? 2 : 1, tile = M / parts;
     CUtensorMap weights, input;
     if (!make_map(&weights, weight, p.inner, p.width, parts, tile) || !make_map(&input, x, p.inner, p.rows, 1, N))
         return (int)cudaErrorInvalidValue;
     p.stages = Most / Stage < kMostStages ? Most / Stage : kMostStages;
+    if (cap && cap < p.stages) p.stages = cap;
     const int bytes = (p.stages * Stage > Result ? p.stages * Stage : Result) + 1024;
     const dim3 grid((p.width + tile - 1) / tile * p.splits, (p.rows + N - 1) / N);
     return launch_clusters(product_kernel<N, G>, p.splits, grid, G * 128 + 64, (size_t)bytes, stream, weights, input, p);
@@ -289,7 +304,7 @@ extern "C" int decode_product(const void* x, const void* weight, void* y, int ki
                               int splits, const float* squares, int parts, float eps, void* residual, int fp32_residual,
                               const void* bias, const void* next_norm, float* next_squares, const void* taps, int tap_count,
                               const int* slots, void* carry, void* stream) {
-    const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, squares, parts, inner, eps, residual,
+    const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, 0, 0, nullptr, squares, parts, inner, eps, residual,
                     fp32_residual, (const bf16*)bias, (const bf16*)next_norm, next_squares, (const bf16*)taps, tap_count, slots,
                     (bf16*)carry};
     if (inner % 8 || width % 8 || rows < 1 || splits < 1 || splits > 8 || p.chunks < splits) return (int)cudaErrorInvalidValue;
