@@ -5,8 +5,7 @@
 #include "decode_common.cuh"
 using namespace decode;
 
-constexpr int kThreads = 128, kUnroll = 4;
-constexpr int kFirst = 528, kFirstKeys = 128;     // blocks that may have to wait for their input, keys that they ask for meanwhile
+constexpr int kThreads = 128, kUnroll = 8;
 
 // Element i of a rotated head: the half-split layout on the first 2 * half dimensions.
 __device__ __forceinline__ float rotated(const bf16* x, const float* cosine, int i, int half) {
@@ -29,7 +28,7 @@ struct Attention {
 };
 
 template <int L>
-__global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant__ Attention p) {
+__global__ void __launch_bounds__(kThreads, 4) attention_step(const __grid_constant__ Attention p) {
     constexpr int Groups = kThreads / L, Width = L * 8;
     __shared__ __align__(16) float q[Width];
     __shared__ __align__(16) bf16 k_new[Width], v_new[Width];
@@ -39,8 +38,22 @@ __global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant
     const int position = slot < 0 ? 0 : p.positions[slot], count = min(position + 1, p.capacity), own = position % p.capacity;
     const int share = (count + p.splits - 1) / p.splits, begin = split * share, end = min(begin + share, count);
     const int64_t ring = ((int64_t)slot * p.heads + head) * p.capacity * p.padded;
-    if (slot >= 0 && blockIdx.x + blockIdx.y * gridDim.x < kFirst && threadIdx.x < 2)
-        prefetch((threadIdx.x ? p.values : p.keys) + ring + (int64_t)begin * p.padded, min(end - begin, kFirstKeys) * p.padded * 2);
+    const int group = threadIdx.x / L, lane = threadIdx.x % L;
+    const bool inside = lane * 8 < p.padded;
+    const uint4* k = (const uint4*)(p.keys + ring) + lane;
+    const uint4* v = (const uint4*)(p.values + ring) + lane;
+    const int vectors = p.padded / 8;
+    uint4 keys[kUnroll], values[kUnroll];
+    auto fetch = [&](int base) {
+        #pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int j = base + u * Groups + group;
+            const bool there = j < end && j != own && inside && slot >= 0;     // the own token is not in the ring yet
+            keys[u] = there ? __ldcs(k + (int64_t)j * vectors) : make_uint4(0, 0, 0, 0);
+            values[u] = there ? __ldcs(v + (int64_t)j * vectors) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    fetch(begin);                                                  // no kernel since the last step has changed the ring
     wait_for_previous();
     if (slot < 0) return;
     const bf16* in = p.x + ((int64_t)row * p.heads + head) * 3 * p.head_dim;
@@ -52,29 +65,18 @@ __global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant
         v_new[i] = real ? in[2 * p.head_dim + i] : __float2bfloat16(0.f);
     }
     __syncthreads();
-    const int group = threadIdx.x / L, lane = threadIdx.x % L;
-    const bool inside = lane * 8 < p.padded;
-    const uint4* k = (const uint4*)(p.keys + ring) + lane;
-    const uint4* v = (const uint4*)(p.values + ring) + lane;
-    const int vectors = p.padded / 8;
     float query[8], sum[8] = {}, largest = -INFINITY, total = 0.f;
     #pragma unroll
     for (int i = 0; i < 8; ++i) query[i] = q[lane * 8 + i];
     for (int base = begin; base < end; base += Groups * kUnroll) {
-        uint4 keys[kUnroll], values[kUnroll];
         float score[kUnroll];
+        if (base > begin) fetch(base);
         #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int j = base + u * Groups + group;
-            keys[u] = values[u] = make_uint4(0, 0, 0, 0);
-            if (j == own) {                                        // not in the ring yet
+        for (int u = 0; u < kUnroll; ++u)
+            if (base + u * Groups + group == own) {
                 keys[u] = ((const uint4*)k_new)[lane];
                 values[u] = ((const uint4*)v_new)[lane];
-            } else if (j < end && inside) {
-                keys[u] = __ldcs(k + (int64_t)j * vectors);
-                values[u] = __ldcs(v + (int64_t)j * vectors);
             }
-        }
         float peak = largest;
         #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {

@@ -25,7 +25,7 @@ MOST_ROWS = 256                  # rows that decode_product takes, with what is 
 PLAIN, SWIGLU, CONV, ADD = range(4)                 # its kinds
 MODE = 1 << 8
 BLOCKS = 132                     # of decode_product: one on each multiprocessor of an H100
-SPLIT_BLOCKS = 924               # blocks of decode_attention that an H100 runs at once, seven on each multiprocessor
+SPLIT_BLOCKS = 528               # blocks of decode_attention that an H100 runs at once, four on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
 
@@ -91,10 +91,10 @@ def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = N
     y, sums = weight.new_empty(rows, width), None
     if kind == ADD:
         sums = torch.empty(-(-width // (64 * groups)), rows, dtype=torch.float32, device=x.device)
-    extension().decode_product(_at(x), _at(weight), _at(y), kind | MODE, rows, width, inner, groups, splits, _at(squares),
-                               0 if squares is None else squares.shape[0], eps, _at(residual),
-                               residual is not None and residual.dtype == torch.float32, _at(bias), _at(next_norm),
-                               _at(sums), _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry),
+    extension().decode_product(_at(x), _at(weight), _at(y), kind | MODE, rows, width, inner, groups, splits,
+                               _at(squares), 0 if squares is None else squares.shape[0], eps,
+                               _at(residual), residual is not None and residual.dtype == torch.float32, _at(bias),
+                               _at(next_norm), _at(sums), _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry),
                                _stream())
     return y if sums is None else Scaled(y, sums)
 
