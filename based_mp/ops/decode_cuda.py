@@ -94,8 +94,8 @@ def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = N
     extension().decode_product(_at(x), _at(weight), _at(y), kind | MODE, rows, width, inner, groups, splits,
                                _at(squares), 0 if squares is None else squares.shape[0], eps,
                                _at(residual), residual is not None and residual.dtype == torch.float32, _at(bias),
-                               _at(next_norm), _at(sums), _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry),
-                               _stream())
+                               _at(next_norm), _at(sums), _at(taps), 0 if taps is None else taps.shape[1],
+                               _at(slots), _at(carry), _stream())
     return y if sums is None else Scaled(y, sums)
 
 
