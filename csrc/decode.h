@@ -17,10 +17,12 @@ int decode_add_norm(void* residual, int fp32_residual, const void* out, const vo
                     int rows, int width, void* stream);
 // y[:, i] = silu(x[:, i]) * x[:, width + i], x [rows, 2 width]. Any number of rows.
 int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream);
-// y = x W^T for at most 4 rows, W [columns, inner]. With norm_weight x is `residual`, normalised on the way in; with `swiglu`
-// W is [gate; up] and y [rows, columns / 2]; with add_to, y + bias goes there (residual dtype) and y is null.
-int decode_linear(const void* x, const void* weight, void* y, const void* norm_weight, float eps, void* add_to, const void* bias,
-                  int fp32_residual, int swiglu, int rows, int columns, int inner, void* stream);
+// y = x W^T for at most 4 rows, W [columns, inner]. With norm_weight x is `residual`, normalised on the way in. kind 1: W is
+// [gate; value] and y [rows, columns / 2]; kind 2: W is the input of a convolution of `tap_count` taps, bias [columns], and y is its
+// step; kind 0: with add_to, y + bias goes there (residual dtype) and y is null.
+int decode_linear(const void* x, const void* weight, void* y, int kind, const void* norm_weight, float eps, void* add_to,
+                  const void* bias, int fp32_residual, const void* taps, int tap_count, const int* slots, void* carry, int rows,
+                  int columns, int inner, void* stream);
 // y = x W^T and what follows, see decode_product.cu: kind 0 plain, 1 swiglu, 2 conv, 3 add. Every block makes 64 `groups` columns over
 // one of `splits` (1, 2, 4, 8) parts of the inner dimension. squares [parts, rows] or null; next_squares [tiles, rows].
 int decode_product(const void* x, const void* weight, void* y, int kind, int rows, int width, int inner, int groups, int splits,

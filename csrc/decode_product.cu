@@ -23,8 +23,9 @@ enum Kind { kPlain, kSwiglu, kConv, kAdd };
 
 struct Product {
     bf16* y;
-    int kind, rows, width, chunks, splits, stages;           // width: columns of y
-    int late, ahead; const bf16* weight;
+    int kind, rows, width, chunks, splits;                   // width: columns of y
+    int weight_stages, input_stages;
+    int late;
     const float* squares;                                    // [parts, rows], or null
     int parts, inner;
     float eps;
@@ -38,14 +39,10 @@ struct Product {
     bf16* carry;                                             // [slots, count - 1, width]
 };
 
-// A box of a tensor to shared memory, or to L2.
+// A box of a tensor to shared memory.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int k, int row, int part) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
                  ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "r"(part) : "memory");
-}
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int k, int row, int part) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(k), "r"(row), "r"(part)
-                 : "memory");
 }
 __device__ __forceinline__ void expect_bytes(uint32_t bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
@@ -98,11 +95,11 @@ template <int Count> __device__ __forceinline__ void convolve(const Product& p, 
 }
 
 template <int N, int G>
-__global__ void __launch_bounds__(G * 128 + 64, N * G <= 256 ? 2 : 1)
+__global__ void __launch_bounds__(G * 128 + 64, 2)
 product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x, const __grid_constant__ Product p) {
-    constexpr int M = 64 * G, Stage = (M + N) * kChunk * 2, Row = M + 4, Threads = G * 128;
+    constexpr int M = 64 * G, Weights = M * kChunk * 2, Input = N * kChunk * 2, Row = M + 4, Threads = G * 128;
     extern __shared__ char memory[];
-    __shared__ uint64_t barriers[2 * kMostStages];
+    __shared__ uint64_t barriers[4 * kMostStages];                    // weights there, used; input there, used
     __shared__ float factor[N];
     if (!p.late) let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -110,50 +107,51 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
     const bool paired = p.kind == kSwiglu || p.kind == kConv;
     const int tile_width = paired ? M / 2 : M, column0 = tile * tile_width, each = N / p.splits;
     const int begin = rank * p.chunks / p.splits, count = (rank + 1) * p.chunks / p.splits - begin;
-    const uint32_t base = (address(memory) + 1023) & ~1023u, full = address(barriers), empty = full + kMostStages * 8;
+    const uint32_t base = (address(memory) + 1023) & ~1023u, inputs = base + p.weight_stages * Weights;
+    const uint32_t weights_there = address(barriers), weights_used = weights_there + kMostStages * 8;
+    const uint32_t input_there = weights_used + kMostStages * 8, input_used = input_there + kMostStages * 8;
     if (threadIdx.x == Threads) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&weight) : "memory");
         asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
-        for (int s = 0; s < p.stages; ++s) { init(full + s * 8, 1); init(empty + s * 8, G * 4); }
+        for (int s = 0; s < kMostStages; ++s) {
+            init(weights_there + s * 8, 1);
+            init(weights_used + s * 8, G * 4);
+            init(input_there + s * 8, 1);
+            init(input_used + s * 8, G * 4);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         taylor::fence_for_tensor_cores();
     }
     __syncthreads();
     if (warp == G * 4) {                                              // copies
         if (lane == 0) {
-            auto load = [&](int c, bool of_weights) {
-                const uint32_t to = base + c % p.stages * Stage, bar = full + c % p.stages * 8;
-                const int k = (begin + c) * kChunk;
-                if (of_weights) {
-                    expect_bytes(bar, Stage);
-                    copy_box(to, &weight, bar, k, column0, 0);
-                } else {
-                    copy_box(to + M * kChunk * 2, &x, bar, k, row0, 0);
-                }
+            auto load_weights = [&](int c) {
+                const int s = c % p.weight_stages, turn = c / p.weight_stages;
+                if (turn > 0) barrier_wait(weights_used + s * 8, turn - 1 & 1);
+                expect_bytes(weights_there + s * 8, Weights);
+                copy_box(base + s * Weights, &weight, weights_there + s * 8, (begin + c) * kChunk, column0, 0);
             };
-            const int first = min(p.stages, count);
-            for (int c = 0; c < first; ++c) load(c, true);
-            if (p.ahead == 1) for (int c = first; c < count; ++c) prefetch_box(&weight, (begin + c) * kChunk, column0, 0);
+            auto load_input = [&](int c) {
+                const int s = c % p.input_stages, turn = c / p.input_stages;
+                if (turn > 0) barrier_wait(input_used + s * 8, turn - 1 & 1);
+                expect_bytes(input_there + s * 8, Input);
+                copy_box(inputs + s * Input, &x, input_there + s * 8, (begin + c) * kChunk, row0, 0);
+            };
+            int weights = 0, input = 0;                               // chunks asked for
+            while (weights < min(p.weight_stages, count)) load_weights(weights++);
             wait_for_previous();
-            for (int c = 0; c < first; ++c) load(c, false);
-            for (int c = first; c < count; ++c) {
-                barrier_wait(empty + c % p.stages * 8, c / p.stages - 1 & 1);
-                load(c, true);
-                load(c, false);
+            while (input < min(p.input_stages, count)) load_input(input++);
+            if (p.late == 2) let_next_start();
+            while (weights < count || input < count) {
+                if (p.late == 3 && input == (count + p.input_stages) / 2) let_next_start();
+                if (input < count) load_input(input++);
+                if (weights < count) load_weights(weights++);
             }
-            if (p.late) let_next_start();
+            if (p.late == 1 || p.late == 3) let_next_start();
         }
         __syncwarp();
     } else if (warp == G * 4 + 1) {                                   // what the end of the block needs
         const int columns = min(tile_width, p.width - column0);
-        const int first = min(p.stages, count), more = count - first;
-        if (p.ahead == 2)
-            for (int i = lane; i < M * more; i += 32) {
-                const int r = i / more, c = i % more, of = r % tile_width, part = r / tile_width;
-                if (of < columns)
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.weight + ((int64_t)part * p.width + column0 + of) * p.inner
-                                                                + (begin + first + c) * kChunk));
-            }
         if (lane == 0 && p.kind == kAdd) {
             prefetch(p.next_norm + column0, columns * 2);
             if (p.bias) prefetch(p.bias + column0, columns * 2);
@@ -181,16 +179,20 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
         float sum[N / 2];
         #pragma unroll 1
         for (int c = 0; c < count; ++c) {
-            const int s = c % p.stages;
-            barrier_wait(full + s * 8, c / p.stages & 1);
-            const uint32_t w = base + s * Stage + group * 64 * kChunk * 2, in = base + s * Stage + M * kChunk * 2;
+            const int of_weights = c % p.weight_stages, of_input = c % p.input_stages;
+            barrier_wait(weights_there + of_weights * 8, c / p.weight_stages & 1);
+            barrier_wait(input_there + of_input * 8, c / p.input_stages & 1);
+            const uint32_t w = base + of_weights * Weights + group * 64 * kChunk * 2, in = inputs + of_input * Input;
             taylor::wgmma_begin();
             #pragma unroll
             for (int k = 0; k < kChunk / 16; ++k)
                 taylor::Wgmma<N>::ss(sum, swizzled(w + k * 32), swizzled(in + k * 32), c > 0 || k > 0);
             taylor::wgmma_commit();
             taylor::wgmma_wait<1>();
-            if (c > 0) taylor::warp_arrive(empty + (c - 1) % p.stages * 8);
+            if (c > 0) {
+                taylor::warp_arrive(weights_used + (c - 1) % p.weight_stages * 8);
+                taylor::warp_arrive(input_used + (c - 1) % p.input_stages * 8);
+            }
         }
         taylor::wgmma_wait<0>();
         wait_for_previous();
@@ -286,16 +288,18 @@ static bool make_map(CUtensorMap* map, const void* matrix, int inner, int height
 }
 
 template <int N, int G> static int run(Product p, const void* x, const void* weight, void* stream) {
-    constexpr int M = 64 * G, Stage = (M + N) * kChunk * 2, Result = N * (M + 4) * 4;
-    const int Most = (p.kind >> 16 & 1 ? 224 : 110) * 1024;           // two blocks on a multiprocessor, or one
-    p.late = p.kind >> 8 & 1; p.ahead = p.kind >> 9 & 3; const int cap = p.kind >> 12 & 15; p.kind &= 255; p.weight = (const bf16*)weight;
+    constexpr int M = 64 * G, Weights = M * kChunk * 2, Input = N * kChunk * 2, Result = N * (M + 4) * 4;
+    constexpr int Most = 110 * 1024;                                  // two blocks on a multiprocessor
+    constexpr int Inputs = N >= 128 ? 3 : N >= 64 ? 4 : N >= 32 ? 6 : kMostStages, Left = (Most - Inputs * Input) / Weights;
+    static_assert(Result <= Most && Left >= 2 && N % 8 == 0, "does not fit");
+    p.late = p.kind >> 8; p.kind &= 255;
     const int parts = p.kind == kSwiglu || p.kind == kConv ? 2 : 1, tile = M / parts;
     CUtensorMap weights, input;
     if (!make_map(&weights, weight, p.inner, p.width, parts, tile) || !make_map(&input, x, p.inner, p.rows, 1, N))
         return (int)cudaErrorInvalidValue;
-    p.stages = Most / Stage < kMostStages ? Most / Stage : kMostStages;
-    if (cap && cap < p.stages) p.stages = cap;
-    const int bytes = (p.stages * Stage > Result ? p.stages * Stage : Result) + 1024;
+    p.weight_stages = Left < kMostStages ? Left : kMostStages;
+    p.input_stages = Inputs;
+    const int stages = p.weight_stages * Weights + p.input_stages * Input, bytes = (stages > Result ? stages : Result) + 1024;
     const dim3 grid((p.width + tile - 1) / tile * p.splits, (p.rows + N - 1) / N);
     return launch_clusters(product_kernel<N, G>, p.splits, grid, G * 128 + 64, (size_t)bytes, stream, weights, input, p);
 }
@@ -304,7 +308,7 @@ extern "C" int decode_product(const void* x, const void* weight, void* y, int ki
                               int splits, const float* squares, int parts, float eps, void* residual, int fp32_residual,
                               const void* bias, const void* next_norm, float* next_squares, const void* taps, int tap_count,
                               const int* slots, void* carry, void* stream) {
-    const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, 0, 0, nullptr, squares, parts, inner, eps, residual,
+    const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, 0, 0, squares, parts, inner, eps, residual,
                     fp32_residual, (const bf16*)bias, (const bf16*)next_norm, next_squares, (const bf16*)taps, tap_count, slots,
                     (bf16*)carry};
     if (inner % 8 || width % 8 || rows < 1 || splits < 1 || splits > 8 || p.chunks < splits) return (int)cudaErrorInvalidValue;
@@ -321,6 +325,5 @@ extern "C" int decode_product(const void* x, const void* weight, void* y, int ki
     if (rows <= 32) return start(std::integral_constant<int, 32>{});
     if (rows <= 64) return start(std::integral_constant<int, 64>{});
     if (rows <= 96) return start(std::integral_constant<int, 96>{});
-    if (rows <= 128) return start(std::integral_constant<int, 128>{});
-    return run<256, 1>(p, x, weight, stream);
+    return start(std::integral_constant<int, 128>{});
 }

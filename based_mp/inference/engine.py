@@ -44,6 +44,19 @@ class _Launched:
     ready: torch.cuda.Event | None
 
 
+def _leaders(sequences: list[Sequence]) -> list[int]:
+    """For each sequence the first one with its state and prompt."""
+    alike: dict[tuple, list[int]] = {}                 # long prompts are compared only where their ends are the same
+    leaders = []
+    for i, sequence in enumerate(sequences):
+        seen = alike.setdefault((id(sequence.state), len(sequence.prompt), *sequence.prompt[-16:]), [])
+        leader = next((j for j in seen if sequences[j].prompt == sequence.prompt), i)
+        if leader == i:
+            seen.append(i)
+        leaders.append(leader)
+    return leaders
+
+
 class Engine:
     """slots: sequences that run at once. length: most tokens of a sequence that full attention keeps.
 
@@ -158,12 +171,11 @@ class Engine:
 
         What is given several times runs once and is copied.
         """
-        first: dict[tuple, int] = {}
-        same = [first.setdefault((id(s.state), *s.prompt), i) for i, s in enumerate(sequences)]
+        same = _leaders(sequences)
         self.pool.reset([s.slot for s in sequences])
         after: list[Tensor | None] = [None] * len(sequences)
         left = []                                      # (sequence, tokens to run, tokens seen)
-        for i in first.values():
+        for i in dict.fromkeys(same):
             sequence = sequences[i]
             seen, prompt = 0, sequence.prompt
             if sequence.state is not None:

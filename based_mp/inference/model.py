@@ -305,7 +305,7 @@ class InferenceModel:
                 x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True)
                 pending = self._out(x, layer.fc2, None, residual, next_norm)
         if last is not None:
-            residual, pending = residual[last], pending[last]
+            residual, pending = residual[last], None if pending is None else pending[last]
         return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, pending, self.norm, eps, self.head))
 
     def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Any:

@@ -21,9 +21,12 @@ __all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linea
            "rope_run", "rotations", "sample", "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
-MOST_ROWS = 256                  # rows that decode_product takes, with what is around a product inside; cuBLAS beyond
-PLAIN, SWIGLU, CONV, ADD = range(4)                 # its kinds
-MODE = 1 << 8
+# Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
+# MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond.
+FEW_ROWS, MOST_ROWS = 4, 64
+PLAIN, SWIGLU, CONV, ADD = range(4)                 # kinds of products
+MODE = 2 << 8
+SHAPES = {}
 BLOCKS = 132                     # of decode_product: one on each multiprocessor of an H100
 SPLIT_BLOCKS = 528               # blocks of decode_attention that an H100 runs at once, four on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
@@ -73,7 +76,9 @@ class Scaled:
 def _shape(rows: int, width: int, paired: bool, inner: int) -> tuple[int, int]:
     """(groups, splits) of `decode_product`: 64 columns of the weights a group, parts of the inner dimension."""
     columns = width * (2 if paired else 1)
-    groups = 1 if rows > 128 or columns < 64 * 28 else 2
+    if (rows, columns) in SHAPES:
+        return SHAPES[rows, columns]
+    groups = 1
     tiles = -(-columns // (64 * groups))
     splits = 8
     while splits > 1 and (tiles * splits > BLOCKS or inner < 64 * splits):
@@ -99,23 +104,43 @@ def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = N
     return y if sums is None else Scaled(y, sums)
 
 
-def _normed(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor,
-            eps: float) -> tuple[Tensor, Tensor | None]:
-    """A norm's result; or what has yet to be multiplied by its factor, and the sums of squares for it."""
-    if isinstance(pending, Scaled):
-        return pending.x, pending.squares
-    return _add_norm(residual, pending, norm_weight, eps), None
+def _few_rows(x: Tensor, weight: Tensor, y: Tensor | None, kind: int = PLAIN, *, norm: Tensor | None = None,
+              eps: float = 0.0, add_to: Tensor | None = None, bias: Tensor | None = None, taps: Tensor | None = None,
+              slots: Tensor | None = None, carry: Tensor | None = None) -> None:
+    residual = x if norm is not None else add_to
+    fp32 = residual is not None and residual.dtype == torch.float32
+    extension().decode_linear(_at(x), _at(weight), _at(y), kind, _at(norm), eps, _at(add_to), _at(bias), fp32,
+                              _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry), x.shape[0],
+                              *weight.shape, _stream())
+
+
+def _normed_product(kind: int, residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float,
+                    weight: Tensor, **conv: Tensor) -> Tensor | None:
+    """The norm, the product and what `kind` says in one kernel or two; None for more rows than it is made for."""
+    rows, columns = residual.shape[0], weight.shape[0]
+    if rows > MOST_ROWS:
+        return None
+    if rows > FEW_ROWS:
+        x, squares = (pending.x, pending.squares) if isinstance(pending, Scaled) else \
+            (_add_norm(residual, pending, norm_weight, eps), None)
+        return _product(kind, x, weight, squares=squares, eps=eps, **conv)
+    y = weight.new_empty(rows, columns if kind == PLAIN else columns // 2)
+    if pending is None:
+        _few_rows(residual, weight, y, kind, norm=norm_weight, eps=eps, **conv)
+    else:
+        _few_rows(_add_norm(residual, pending, norm_weight, eps), weight, y, kind, **conv)
+    return y
 
 
 def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
                 swiglu: bool = False) -> Tensor:
-    x, squares = _normed(residual, pending, norm_weight, eps)
-    rows, columns = x.shape[0], weight.shape[0]
-    if rows <= MOST_ROWS:
-        return _product(SWIGLU if swiglu else PLAIN, x, weight, squares=squares, eps=eps)
-    x = F.linear(x, weight)
+    y = _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, norm_weight, eps, weight)
+    if y is not None:
+        return y
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
     if not swiglu:
         return x
+    rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
     extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
     return y
@@ -123,28 +148,36 @@ def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight:
 
 def norm_conv_step(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor,
                    bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
-    x, squares = _normed(residual, pending, norm_weight, eps)
-    if x.shape[0] <= MOST_ROWS:
-        return _product(CONV, x, weight, squares=squares, eps=eps, bias=bias, taps=conv, slots=slots, carry=carry)
-    return _conv_step(F.linear(x, weight), bias, conv, slots, carry)
+    y = _normed_product(CONV, residual, pending, norm_weight, eps, weight, bias=bias, taps=conv, slots=slots,
+                        carry=carry)
+    if y is not None:
+        return y
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
+    rows, (channels, taps) = x.shape[0], conv.shape
+    y = x.new_empty(rows, channels)
+    extension().decode_conv(_at(x), _at(bias), _at(conv), _at(slots), _at(carry), _at(y), rows, channels, taps,
+                            _stream())
+    return y
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return _product(PLAIN, x, weight) if x.shape[0] <= MOST_ROWS else F.linear(x, weight)
+    if x.shape[0] > MOST_ROWS:
+        return F.linear(x, weight)
+    if x.shape[0] > FEW_ROWS:
+        return _product(PLAIN, x, weight)
+    y = weight.new_empty(x.shape[0], weight.shape[0])
+    _few_rows(x, weight, y)
+    return y
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Pending | Scaled:
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
+               next_norm: Tensor) -> Pending | Scaled | None:
     if x.shape[0] > MOST_ROWS:
         return Pending(F.linear(x, weight), bias)
-    return _product(ADD, x, weight, residual=residual, bias=bias, next_norm=next_norm)
-
-
-def _conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
-    rows, (channels, taps) = x.shape[0], weight.shape
-    y = x.new_empty(rows, channels)
-    extension().decode_conv(_at(x), _at(bias), _at(weight), _at(slots), _at(carry), _at(y), rows, channels, taps,
-                            _stream())
-    return y
+    if x.shape[0] > FEW_ROWS:
+        return _product(ADD, x, weight, residual=residual, bias=bias, next_norm=next_norm)
+    _few_rows(x, weight, None, add_to=residual, bias=bias)
+    return None
 
 
 def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor | None, feature_dim: int) -> Tensor:

@@ -82,7 +82,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Pending:
     """x weightᵀ + bias on its way into the residual stream; next_norm: weights of the norm that reads the stream next.
 
-    Returns what that norm has to be given as `pending`.
+    Returns what that norm has to be given as `pending`: nothing where it is there already.
     """
     return Pending(F.linear(x, weight), bias)
 

@@ -62,7 +62,8 @@ def test_norms_and_products(cuda, rows):
         for own in (None, bias):
             a, b = x.clone(), x.double()
             pending = cuda.linear_add(y, fc2, own, a, norm)
-            assert isinstance(pending, cuda.Scaled) == (rows <= cuda.MOST_ROWS)
+            kind = type(None) if rows <= cuda.FEW_ROWS else cuda.Scaled if rows <= cuda.MOST_ROWS else cuda.Pending
+            assert isinstance(pending, kind)
             ref = decode_torch.linear_add(y.double(), fc2.double(), None if own is None else own.double(), b, norm)
             got = cuda.norm_linear(a, pending, norm, 1e-5, fc1)
             assert error(got, decode_torch.norm_linear(b, ref, norm.double(), 1e-5, fc1.double())) < 8e-3
@@ -70,12 +71,12 @@ def test_norms_and_products(cuda, rows):
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("rows", [4, 33, 300])
+@pytest.mark.parametrize("rows", [1, 2, 4, 33, 300])
 def test_convolution(cuda, taps, rows):
     """With the norm and the product before it; one row is idle."""
     d, c = 128, 200
     slots = torch.randperm(rows + 2, device="cuda")[:rows].int()
-    slots[1] = -1
+    slots[rows // 2] = -1 if rows > 1 else 2
     real = slots >= 0
     x, norm, weight, bias, conv = randn(rows, d), randn(d).abs(), randn(2 * c, d) / d**0.5, randn(2 * c), randn(c, taps)
     carry = randn(rows + 2, taps - 1, c)
