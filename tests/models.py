@@ -25,7 +25,7 @@ class Letters:
 
 
 def tiny_generator(device: str = "cpu") -> Any:
-    """A generator with the small model, random, in one process; on a GPU in bf16 and of a size that the kernels take."""
+    """A generator with the small model, random, in one process; on a GPU in bf16 and of a size the kernels take."""
     from based_mp.inference.generate import Generator
     from based_mp.inference.model import InferenceModel
     from based_mp.model.based_model import build_model
