@@ -1,9 +1,8 @@
 // Matrix products y = x W^T of few rows, whose time is that of bringing W and x to the multiprocessors, with what follows them
-// inside. The weights are the tensor cores' left operand: a block makes 64 G columns of y for N rows, over one of `splits` parts of
-// the inner dimension; the blocks of a cluster have one part each, and each adds up some of the rows from all their shared memories,
-// always in the same order. A warp has W and x copied in chunks of 64 of the inner dimension (TMA, 128-byte swizzle), G warpgroups
-// multiply. Weights are on their way, into shared memory and L2, before the input is there; two blocks fit on a multiprocessor, so
-// that this happens beside the kernel before.
+// inside. The weights are the tensor cores' left operand: a block makes the products of 64 rows of W with N rows of x, over one of
+// `splits` parts of the inner dimension; the blocks of a cluster have one part each, and each adds up some rows of y from all their
+// shared memories, always in the same order. A warp has W and x copied in chunks of 64 of the inner dimension (TMA, 128-byte
+// swizzle), a warpgroup multiplies. Two blocks fit on a multiprocessor, so that weights are on their way while the kernel before ends.
 //
 // The input may be a residual stream times the weights of a norm, not yet divided by its root mean square: then `squares` holds sums
 // of squares of every row, and the rows of y are multiplied by the factor that they give. Afterwards:
@@ -18,14 +17,14 @@ using namespace decode;
 using taylor::address;
 using taylor::barrier_wait;
 
+constexpr int kThreads = 128;                    // that multiply, before a warp that copies and one for the rest
+constexpr int kColumns = 64, kRow = kColumns + 4;      // of W a block; floats of a row of its result in shared memory
 constexpr int kChunk = 64, kMostStages = 12;
 enum Kind { kPlain, kSwiglu, kConv, kAdd };
 
 struct Product {
     bf16* y;
-    int kind, rows, width, chunks, splits;                   // width: columns of y
-    int weight_stages, input_stages;
-    int late;
+    int kind, rows, width, chunks, splits, stages;           // width: columns of y
     const float* squares;                                    // [parts, rows], or null
     int parts, inner;
     float eps;
@@ -94,63 +93,52 @@ template <int Count> __device__ __forceinline__ void convolve(const Product& p, 
     }
 }
 
-template <int N, int G>
-__global__ void __launch_bounds__(G * 128 + 64, 2)
+template <int N>
+__global__ void __launch_bounds__(kThreads + 64, 2)
 product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x, const __grid_constant__ Product p) {
-    constexpr int M = 64 * G, Weights = M * kChunk * 2, Input = N * kChunk * 2, Row = M + 4, Threads = G * 128;
+    constexpr int Stage = (kColumns + N) * kChunk * 2;
     extern __shared__ char memory[];
-    __shared__ uint64_t barriers[4 * kMostStages];                    // weights there, used; input there, used
+    __shared__ uint64_t barriers[2 * kMostStages];
     __shared__ float factor[N];
-    if (!p.late) let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = blockIdx.x % p.splits, tile = blockIdx.x / p.splits, row0 = blockIdx.y * N;
     const bool paired = p.kind == kSwiglu || p.kind == kConv;
-    const int tile_width = paired ? M / 2 : M, column0 = tile * tile_width, each = N / p.splits;
+    const int tile_width = paired ? kColumns / 2 : kColumns, column0 = tile * tile_width, each = N / p.splits;
     const int begin = rank * p.chunks / p.splits, count = (rank + 1) * p.chunks / p.splits - begin;
-    const uint32_t base = (address(memory) + 1023) & ~1023u, inputs = base + p.weight_stages * Weights;
-    const uint32_t weights_there = address(barriers), weights_used = weights_there + kMostStages * 8;
-    const uint32_t input_there = weights_used + kMostStages * 8, input_used = input_there + kMostStages * 8;
-    if (threadIdx.x == Threads) {
+    const uint32_t base = (address(memory) + 1023) & ~1023u, full = address(barriers), empty = full + kMostStages * 8;
+    if (threadIdx.x == kThreads) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&weight) : "memory");
         asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
-        for (int s = 0; s < kMostStages; ++s) {
-            init(weights_there + s * 8, 1);
-            init(weights_used + s * 8, G * 4);
-            init(input_there + s * 8, 1);
-            init(input_used + s * 8, G * 4);
-        }
+        for (int s = 0; s < p.stages; ++s) { init(full + s * 8, 1); init(empty + s * 8, kThreads / 32); }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         taylor::fence_for_tensor_cores();
     }
     __syncthreads();
-    if (warp == G * 4) {                                              // copies
+    if (warp == kThreads / 32) {                                      // copies
         if (lane == 0) {
-            auto load_weights = [&](int c) {
-                const int s = c % p.weight_stages, turn = c / p.weight_stages;
-                if (turn > 0) barrier_wait(weights_used + s * 8, turn - 1 & 1);
-                expect_bytes(weights_there + s * 8, Weights);
-                copy_box(base + s * Weights, &weight, weights_there + s * 8, (begin + c) * kChunk, column0, 0);
+            auto load = [&](int c, bool of_weights) {
+                const uint32_t to = base + c % p.stages * Stage, bar = full + c % p.stages * 8;
+                const int k = (begin + c) * kChunk;
+                if (of_weights) {
+                    expect_bytes(bar, Stage);
+                    copy_box(to, &weight, bar, k, column0, 0);
+                } else {
+                    copy_box(to + kColumns * kChunk * 2, &x, bar, k, row0, 0);
+                }
             };
-            auto load_input = [&](int c) {
-                const int s = c % p.input_stages, turn = c / p.input_stages;
-                if (turn > 0) barrier_wait(input_used + s * 8, turn - 1 & 1);
-                expect_bytes(input_there + s * 8, Input);
-                copy_box(inputs + s * Input, &x, input_there + s * 8, (begin + c) * kChunk, row0, 0);
-            };
-            int weights = 0, input = 0;                               // chunks asked for
-            while (weights < min(p.weight_stages, count)) load_weights(weights++);
+            const int first = min(p.stages, count);
+            for (int c = 0; c < first; ++c) load(c, true);
             wait_for_previous();
-            while (input < min(p.input_stages, count)) load_input(input++);
-            if (p.late == 2) let_next_start();
-            while (weights < count || input < count) {
-                if (p.late == 3 && input == (count + p.input_stages) / 2) let_next_start();
-                if (input < count) load_input(input++);
-                if (weights < count) load_weights(weights++);
+            for (int c = 0; c < first; ++c) load(c, false);
+            for (int c = first; c < count; ++c) {
+                barrier_wait(empty + c % p.stages * 8, c / p.stages - 1 & 1);
+                load(c, true);
+                load(c, false);
             }
-            if (p.late == 1 || p.late == 3) let_next_start();
+            let_next_start();                                         // not before, or its loads would delay these
         }
         __syncwarp();
-    } else if (warp == G * 4 + 1) {                                   // what the end of the block needs
+    } else if (warp == kThreads / 32 + 1) {                           // what the end of the block needs
         const int columns = min(tile_width, p.width - column0);
         if (lane == 0 && p.kind == kAdd) {
             prefetch(p.next_norm + column0, columns * 2);
@@ -175,49 +163,44 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
         }
         __syncwarp();
     } else {
-        const int group = __shfl_sync(~0u, warp / 4, 0);
         float sum[N / 2];
         #pragma unroll 1
         for (int c = 0; c < count; ++c) {
-            const int of_weights = c % p.weight_stages, of_input = c % p.input_stages;
-            barrier_wait(weights_there + of_weights * 8, c / p.weight_stages & 1);
-            barrier_wait(input_there + of_input * 8, c / p.input_stages & 1);
-            const uint32_t w = base + of_weights * Weights + group * 64 * kChunk * 2, in = inputs + of_input * Input;
+            const int s = c % p.stages;
+            barrier_wait(full + s * 8, c / p.stages & 1);
+            const uint32_t w = base + s * Stage, in = base + s * Stage + kColumns * kChunk * 2;
             taylor::wgmma_begin();
             #pragma unroll
             for (int k = 0; k < kChunk / 16; ++k)
                 taylor::Wgmma<N>::ss(sum, swizzled(w + k * 32), swizzled(in + k * 32), c > 0 || k > 0);
             taylor::wgmma_commit();
             taylor::wgmma_wait<1>();
-            if (c > 0) {
-                taylor::warp_arrive(weights_used + (c - 1) % p.weight_stages * 8);
-                taylor::warp_arrive(input_used + (c - 1) % p.input_stages * 8);
-            }
+            if (c > 0) taylor::warp_arrive(empty + (c - 1) % p.stages * 8);
         }
         taylor::wgmma_wait<0>();
         wait_for_previous();
-        asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");     // all stages have been used
-        const uint32_t to = base + ((lane % 4 * 2) * Row + warp * 16 + lane / 4) * 4;
+        asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");    // all stages have been used
+        const uint32_t to = base + ((lane % 4 * 2) * kRow + warp * 16 + lane / 4) * 4;
         #pragma unroll
         for (int i = 0; i < N / 2; ++i)
-            taylor::store_shared(to + ((i / 4 * 8 + i % 2) * Row + i / 2 % 2 * 8) * 4, __float_as_uint(sum[i]));
+            taylor::store_shared(to + ((i / 4 * 8 + i % 2) * kRow + i / 2 % 2 * 8) * 4, __float_as_uint(sum[i]));
     }
     if (p.splits > 1) everyone_of_cluster(); else __syncthreads();
-    if (warp < G * 4) {
+    if (warp < kThreads / 32) {
         const int vectors = tile_width / 4;                           // of a row: 8, 16 or 32
-        for (int first = warp * 32; first < each * vectors; first += Threads) {
+        for (int first = warp * 32; first < each * vectors; first += kThreads) {
             const int i = first + lane, c = i % vectors * 4, column = column0 + c, local = rank * each + i / vectors;
             const int row = row0 + local;
             const bool real = i < each * vectors && row < p.rows && column < p.width;
             float a[4] = {}, b[4] = {}, square = 0.f;
             if (real) {
-                const uint32_t from = base + (local * Row + c) * 4;
+                const uint32_t from = base + (local * kRow + c) * 4;
                 #pragma unroll 4
                 for (int s = 0; s < p.splits; ++s) {
                     const float4 v = p.splits > 1 ? load_of_peer(from, s) : taylor::load_shared4(from);
                     a[0] += v.x; a[1] += v.y; a[2] += v.z; a[3] += v.w;
                     if (paired) {
-                        const float4 u = p.splits > 1 ? load_of_peer(from + M * 2, s) : taylor::load_shared4(from + M * 2);
+                        const float4 u = p.splits > 1 ? load_of_peer(from + kColumns * 2, s) : taylor::load_shared4(from + kColumns * 2);
                         b[0] += u.x; b[1] += u.y; b[2] += u.z; b[3] += u.w;
                     }
                 }
@@ -287,43 +270,30 @@ static bool make_map(CUtensorMap* map, const void* matrix, int inner, int height
                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <int N, int G> static int run(Product p, const void* x, const void* weight, void* stream) {
-    constexpr int M = 64 * G, Weights = M * kChunk * 2, Input = N * kChunk * 2, Result = N * (M + 4) * 4;
+template <int N> static int run(Product p, const void* x, const void* weight, void* stream) {
+    constexpr int Stage = (kColumns + N) * kChunk * 2, Result = N * kRow * 4;
     constexpr int Most = 110 * 1024;                                  // two blocks on a multiprocessor
-    constexpr int Inputs = N >= 128 ? 3 : N >= 64 ? 4 : N >= 32 ? 6 : kMostStages, Left = (Most - Inputs * Input) / Weights;
-    static_assert(Result <= Most && Left >= 2 && N % 8 == 0, "does not fit");
-    p.late = p.kind >> 8; p.kind &= 255;
-    const int parts = p.kind == kSwiglu || p.kind == kConv ? 2 : 1, tile = M / parts;
+    static_assert(Result <= Most && Stage * 2 <= Most, "does not fit");
+    const int parts = p.kind == kSwiglu || p.kind == kConv ? 2 : 1, tile = kColumns / parts;
     CUtensorMap weights, input;
     if (!make_map(&weights, weight, p.inner, p.width, parts, tile) || !make_map(&input, x, p.inner, p.rows, 1, N))
         return (int)cudaErrorInvalidValue;
-    p.weight_stages = Left < kMostStages ? Left : kMostStages;
-    p.input_stages = Inputs;
-    const int stages = p.weight_stages * Weights + p.input_stages * Input, bytes = (stages > Result ? stages : Result) + 1024;
+    p.stages = Most / Stage < kMostStages ? Most / Stage : kMostStages;
+    const int bytes = (p.stages * Stage > Result ? p.stages * Stage : Result) + 1024;
     const dim3 grid((p.width + tile - 1) / tile * p.splits, (p.rows + N - 1) / N);
-    return launch_clusters(product_kernel<N, G>, p.splits, grid, G * 128 + 64, (size_t)bytes, stream, weights, input, p);
+    return launch_clusters(product_kernel<N>, p.splits, grid, kThreads + 64, (size_t)bytes, stream, weights, input, p);
 }
 
-extern "C" int decode_product(const void* x, const void* weight, void* y, int kind, int rows, int width, int inner, int groups,
-                              int splits, const float* squares, int parts, float eps, void* residual, int fp32_residual,
+extern "C" int decode_product(const void* x, const void* weight, void* y, int kind, int rows, int width, int inner, int splits,
+                              const float* squares, int parts, float eps, void* residual, int fp32_residual,
                               const void* bias, const void* next_norm, float* next_squares, const void* taps, int tap_count,
                               const int* slots, void* carry, void* stream) {
-    const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, 0, 0, squares, parts, inner, eps, residual,
+    const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, squares, parts, inner, eps, residual,
                     fp32_residual, (const bf16*)bias, (const bf16*)next_norm, next_squares, (const bf16*)taps, tap_count, slots,
                     (bf16*)carry};
     if (inner % 8 || width % 8 || rows < 1 || splits < 1 || splits > 8 || p.chunks < splits) return (int)cudaErrorInvalidValue;
-    auto start = [&](auto n) {
-        constexpr int N = decltype(n)::value;
-        switch (groups) {
-            case 1: return run<N, 1>(p, x, weight, stream);
-            case 2: return run<N, 2>(p, x, weight, stream);
-        }
-        return (int)cudaErrorInvalidValue;
-    };
-    if (rows <= 8) return start(std::integral_constant<int, 8>{});
-    if (rows <= 16) return start(std::integral_constant<int, 16>{});
-    if (rows <= 32) return start(std::integral_constant<int, 32>{});
-    if (rows <= 64) return start(std::integral_constant<int, 64>{});
-    if (rows <= 96) return start(std::integral_constant<int, 96>{});
-    return start(std::integral_constant<int, 128>{});
+    if (rows <= 8) return run<8>(p, x, weight, stream);
+    if (rows <= 16) return run<16>(p, x, weight, stream);
+    if (rows <= 32) return run<32>(p, x, weight, stream);
+    return run<64>(p, x, weight, stream);
 }

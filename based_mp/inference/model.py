@@ -87,7 +87,8 @@ class ConvMixer:
         return {"carry": self.conv.new_zeros(slots, taps - 1, channels)}
 
     def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Tensor:
-        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry)
+        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry,
+                                       self.linear_out)
 
     def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Tensor:
         x = self.ops.norm_linear(*stream, self.linear_in)
@@ -302,7 +303,7 @@ class InferenceModel:
             pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
                                 layer.mlp_norm if mlp else next_norm)
             if mlp:
-                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True)
+                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True, then=layer.fc2)
                 pending = self._out(x, layer.fc2, None, residual, next_norm)
         if last is not None:
             residual, pending = residual[last], None if pending is None else pending[last]

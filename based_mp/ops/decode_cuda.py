@@ -25,9 +25,9 @@ PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size 
 # MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond.
 FEW_ROWS, MOST_ROWS = 4, 64
 PLAIN, SWIGLU, CONV, ADD = range(4)                 # kinds of products
-MODE = 2 << 8
-SHAPES = {}
-BLOCKS = 132                     # of decode_product: one on each multiprocessor of an H100
+COLUMNS, CHUNK = 64, 64          # of the weights in a block of decode_product
+BLOCKS = 100                     # that it has at least, where the inner dimension can be cut
+AHEAD = 8 * 2**20                # bytes of the next weights that a small kernel sends to L2: what fits in its time
 SPLIT_BLOCKS = 528               # blocks of decode_attention that an H100 runs at once, four on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
@@ -51,11 +51,12 @@ def embed_step(pool: Any, slots: Tensor, table: Tensor, first: int, residual_dty
     return residual, rotation
 
 
-def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
+def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float,
+              then: Tensor | None = None) -> Tensor:
     y = torch.empty(residual.shape, dtype=norm_weight.dtype, device=residual.device)
     out, bias = (None, None) if pending is None else (pending.out, pending.bias)
     extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(norm_weight),
-                                _at(y), eps, *residual.shape, _stream())
+                                _at(y), eps, *residual.shape, *_ahead(then), _stream())
     return y
 
 
@@ -73,17 +74,20 @@ class Scaled:
         return Scaled(self.x[rows], self.squares[:, rows])
 
 
-def _shape(rows: int, width: int, paired: bool, inner: int) -> tuple[int, int]:
-    """(groups, splits) of `decode_product`: 64 columns of the weights a group, parts of the inner dimension."""
-    columns = width * (2 if paired else 1)
-    if (rows, columns) in SHAPES:
-        return SHAPES[rows, columns]
-    groups = 1
-    tiles = -(-columns // (64 * groups))
-    splits = 8
-    while splits > 1 and (tiles * splits > BLOCKS or inner < 64 * splits):
-        splits //= 2
-    return groups, splits
+def _splits(columns: int, inner: int) -> int:
+    """Parts of the inner dimension in `decode_product`: not of the rows, so that a row's result depends on no other."""
+    splits = 1
+    while splits < 8 and splits * -(-columns // COLUMNS) < BLOCKS and inner >= 2 * splits * CHUNK:
+        splits *= 2
+    return splits
+
+
+def _ahead(weight: Tensor | None) -> tuple[int, int, int, int]:
+    """Weights of the next product as the small kernels take them: bytes of each row that they send to L2."""
+    if weight is None:
+        return 0, 0, 0, 0
+    height, inner = weight.shape
+    return _at(weight), height, inner * 2, min(inner * 2, AHEAD // height // 16 * 16)
 
 
 def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = None, eps: float = 0.0,
@@ -92,11 +96,10 @@ def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = N
     (rows, inner), columns = x.shape, weight.shape[0]
     paired = kind in (SWIGLU, CONV)
     width = columns // 2 if paired else columns
-    groups, splits = _shape(rows, width, paired, inner)
     y, sums = weight.new_empty(rows, width), None
     if kind == ADD:
-        sums = torch.empty(-(-width // (64 * groups)), rows, dtype=torch.float32, device=x.device)
-    extension().decode_product(_at(x), _at(weight), _at(y), kind | MODE, rows, width, inner, groups, splits,
+        sums = torch.empty(-(-width // COLUMNS), rows, dtype=torch.float32, device=x.device)
+    extension().decode_product(_at(x), _at(weight), _at(y), kind, rows, width, inner, _splits(columns, inner),
                                _at(squares), 0 if squares is None else squares.shape[0], eps,
                                _at(residual), residual is not None and residual.dtype == torch.float32, _at(bias),
                                _at(next_norm), _at(sums), _at(taps), 0 if taps is None else taps.shape[1],
@@ -120,7 +123,7 @@ def _normed_product(kind: int, residual: Tensor, pending: Pending | Scaled | Non
     rows, columns = residual.shape[0], weight.shape[0]
     if rows > MOST_ROWS:
         return None
-    if rows > FEW_ROWS:
+    if rows > FEW_ROWS or isinstance(pending, Scaled):
         x, squares = (pending.x, pending.squares) if isinstance(pending, Scaled) else \
             (_add_norm(residual, pending, norm_weight, eps), None)
         return _product(kind, x, weight, squares=squares, eps=eps, **conv)
@@ -133,30 +136,30 @@ def _normed_product(kind: int, residual: Tensor, pending: Pending | Scaled | Non
 
 
 def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
-                swiglu: bool = False) -> Tensor:
+                swiglu: bool = False, then: Tensor | None = None) -> Tensor:
     y = _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, norm_weight, eps, weight)
     if y is not None:
         return y
-    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps, weight), weight)
     if not swiglu:
         return x
     rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
-    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
+    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, *_ahead(then), _stream())
     return y
 
 
 def norm_conv_step(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor,
-                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor, then: Tensor | None = None) -> Tensor:
     y = _normed_product(CONV, residual, pending, norm_weight, eps, weight, bias=bias, taps=conv, slots=slots,
                         carry=carry)
     if y is not None:
         return y
-    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps, weight), weight)
     rows, (channels, taps) = x.shape[0], conv.shape
     y = x.new_empty(rows, channels)
     extension().decode_conv(_at(x), _at(bias), _at(conv), _at(slots), _at(carry), _at(y), rows, channels, taps,
-                            _stream())
+                            *_ahead(then), _stream())
     return y
 
 

@@ -60,8 +60,11 @@ def add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps
 
 
 def norm_linear(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
-                swiglu: bool = False) -> Tensor:
-    """`add_norm`, times weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value."""
+                swiglu: bool = False, then: Tensor | None = None) -> Tensor:
+    """`add_norm`, times weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value.
+
+    then: weights of the product that reads the result, for kernels to bring near meanwhile.
+    """
     y = F.linear(add_norm(residual, pending, norm_weight, eps), weight)
     if not swiglu:
         return y
@@ -70,8 +73,8 @@ def norm_linear(residual: Tensor, pending: Pending | None, norm_weight: Tensor, 
 
 
 def norm_conv_step(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor,
-                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
-    """`norm_linear`, then `conv_step` on its result."""
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor, then: Tensor | None = None) -> Tensor:
+    """`norm_linear`, then `conv_step` on its result; then: as in `norm_linear`."""
     return conv_step(norm_linear(residual, pending, norm_weight, eps, weight), bias, conv, slots, carry)
 
 
