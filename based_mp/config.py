@@ -212,10 +212,15 @@ class TrainingConfig(Section):
     steps: Positive = Field(
         20000, description="optimizer steps; where corpora are read more than once, their order depends on it")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (with fp32 master weights) or fp32")
+    fp8: Literal["none", "rowwise"] = Field(
+        "none", description="rowwise: linear layers multiply fp8 operands with a scale a row (GPUs since compute "
+        "capability 8.9); weight gradients, embedding and LM head stay in bf16")
     seed: Seed = Field(1234, description="of the initial weights")
     recompute: Literal["none", "norms", "selective", "full"] = Field(
         "none", description="activations done again in backward: norms, selective = norms, SwiGLU and convolutions, "
                             "full = whole layers")
+    cuda_graph: bool = Field(
+        True, description="on a GPU with ZeRO-1: a micro-batch is recorded once and started as one CUDA graph")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
 
 
@@ -297,6 +302,11 @@ class Config(Section):
         if tp > 1 and self.parallel.zero_stage == 0 and self.training.precision == "bf16":
             raise ValueError("bf16 with zero_stage 0 and tensor parallelism computes a wrong gradient norm in "
                              "DeepSpeed: set parallel.zero_stage=1")
+        if self.training.fp8 != "none" and self.training.precision != "bf16":
+            raise ValueError(f"training.fp8={self.training.fp8} needs training.precision=bf16")
+        if self.training.fp8 != "none" and self.parallel.zero_stage == 3:
+            raise ValueError("training.fp8 keeps copies of whole weights, which zero_stage 3 cuts among ranks: set "
+                             "parallel.zero_stage=1")
         if self.parallel.sequence_parallel and tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_parallel_size > 1: set it to false")
         if self.training.global_batch_size % self.training.micro_batch_size:

@@ -122,6 +122,9 @@ def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
         "gradients": params * 4 / (dp if stage >= 2 else 1),
         "optimizer": params * (12 if width == 2 else 8) / (dp if stage >= 1 else 1),
     }
+    if config.training.fp8 != "none":
+        counts = parameter_counts(model)
+        parts["fp8 weights"] = 2 * sum(n for k, n in counts.items() if k not in ("embedding", "head", "norms")) / tp
     tokens = config.training.micro_batch_size * config.training.seq_length
     parts["activations"] = tokens * width * kept_values(model, config.training.recompute, tp,
                                                         config.parallel.sequence_parallel)

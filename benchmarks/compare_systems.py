@@ -19,23 +19,20 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from based_mp.errors import run_cli  # noqa: E402
+from based_mp.evaluation.figures import pyplot  # noqa: E402
 from benchmarks.learning_curves import curve  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
 from data_prep.indexed import IndexedDataset  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 TAGS = {"all tokens": "perplexity", "AR hits": "ar_hits_perplexity", "other tokens": "other_perplexity"}
 
 
 def corpora(paths: list[str], batch_tokens: int) -> list[dict[str, object]]:
-    """data.valid: every prefix with a whole batch, weighted by its tokens."""
+    """data.valid: every prefix with the tokens of its batches; all count the same, as their batches are as many."""
     prefixes = sorted({str(Path(p).with_suffix("")) if Path(p).suffix in (".bin", ".idx", ".json") else p
                        for p in paths})
     sizes = {prefix: len(IndexedDataset(prefix).data) for prefix in prefixes if Path(prefix + ".idx").exists()}
@@ -44,7 +41,7 @@ def corpora(paths: list[str], batch_tokens: int) -> list[dict[str, object]]:
         sys.exit(f"error: none of {len(prefixes)} validation corpora has the {batch_tokens} tokens of its batches")
     for prefix in sorted(set(sizes) - set(kept)):
         print(f"{prefix} has {sizes[prefix]} tokens, fewer than its batches: left out")
-    return [{"path": prefix, "weight": float(size)} for prefix, size in kept.items()]
+    return [{"path": prefix} for prefix in kept]
 
 
 def train(name: str, config: str, a: argparse.Namespace, folder: Path) -> None:
@@ -104,7 +101,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     a = parser.parse_args()
     names = [Path(str(c["path"])).name for c in corpora(a.valid, a.valid_batches * a.batch * a.seq_length)]
-    results, figure = {}, plt.figure(figsize=(10, 4.5))
+    results, figure = {}, pyplot().figure(figsize=(10, 4.5))
     panels = figure.subplots(1, 2)
     for system in a.system:
         name, _, config = system.partition("=")
@@ -132,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +31,7 @@ from based_mp.ops import backends
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.parallel import state
 from benchmarks.record import git_commit
+from benchmarks.timing import median_us
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BANDWIDTH = 3.35e12              # bytes a second, nominal, H100 SXM
@@ -115,18 +114,6 @@ def gate(module: torch.nn.Module, model: InferenceModel, length: int = 384) -> d
     return result
 
 
-def median_ms(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def filled_pool(model: InferenceModel, batch: int, position: int, spare: int):
     """States of `batch` sequences as if they had seen `position` tokens (of which 16 are real)."""
     pool = model.new_pool(batch, position + spare)
@@ -144,7 +131,7 @@ def step_ms(model: InferenceModel, batch: int, position: int, steps: int = 24) -
     decoder.set_rows(list(range(batch)))
     for _ in range(3):
         decoder.step()
-    return median_ms(lambda: [decoder.step() for _ in range(steps // 3)], 3) / (steps // 3)
+    return median_us(decoder.step, 3, calls=steps // 3) / 1e3
 
 
 def engine_run(model: InferenceModel, batch: int, new: int) -> float:
@@ -169,7 +156,7 @@ def prefill_ms(model: InferenceModel, batch: int, length: int) -> float:
     prompts = torch.randint(0, 50000, (batch, length)).tolist()
     sequences = [Sequence(prompt, Sampling(), slot=i) for i, prompt in enumerate(prompts)]
     engine.prefill(sequences)
-    return median_ms(lambda: engine.prefill(sequences), 3)
+    return median_us(lambda: engine.prefill(sequences), 3) / 1e3
 
 
 def sweep(kind: str, model: InferenceModel, weights: int, context: int, batches: list[int]) -> list[dict[str, float]]:

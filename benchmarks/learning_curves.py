@@ -8,21 +8,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import matplotlib
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from based_mp.errors import UserError, run_cli  # noqa: E402
+from based_mp.evaluation.figures import pyplot  # noqa: E402
 
 
 def curve(folder: str, tag: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one scalar. Exits with a sentence where the run has none."""
+    """(steps, values) of one scalar. Raises UserError where the run has none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"the folder {folder} is missing: give --run NAME=FOLDER with a run's TensorBoard events")
     events = EventAccumulator(folder, size_guidance={"scalars": 0})
     events.Reload()
     if tag not in events.Tags()["scalars"]:
-        raise SystemExit(f"error: {folder} has no {tag}: train with validation.interval > 0")
+        raise UserError(f"{folder} has no {tag}: train with validation.interval > 0, or choose another --tag")
     points = events.Scalars(tag)
     return [p.step for p in points], [p.value for p in points]
 
@@ -33,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tag", default="valid/perplexity")
     parser.add_argument("--output", type=Path, required=True)
     a = parser.parse_args()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot().subplots(figsize=(7, 4.5))
     for run in a.run:
         name, _, folder = run.partition("=")
         steps, values = curve(folder, a.tag)
@@ -47,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -2,7 +2,7 @@
 """Tensor-parallel and ZeRO training on the GPUs of one machine: equality, weak scaling, memory, checkpoints, text.
 
     python benchmarks/scaling.py --json benchmarks/records/scaling.jsonl            # every row, 1, 2, 4 or 8 GPUs
-    python benchmarks/scaling.py --quick --budget 230                               # BASED alone, 12 steps a row
+    python benchmarks/scaling.py --quick --budget 230                               # BASED with ZeRO-1, 12 steps a row
     python benchmarks/scaling.py --cpu 2 --stages equality checkpoint               # the benchmark itself, without GPU
 
 Rows run in order of importance until the budget is spent; what was skipped or failed is said, and the rest goes on.
@@ -539,11 +539,11 @@ def estimated(one_gpu_seconds: float, communication_seconds: float, overlapped: 
     """A data-parallel ZeRO-1 step on `gpus` GPUs of many nodes, from parts measured on `measured_gpus` of one node.
 
     one_gpu_seconds: a step of one GPU (compute, and the whole optimizer, which ZeRO shards); communication_seconds and
-    overlapped: NCCL's time a step and its hidden share. A ring moves (n − 1)/n of 2 × 2 bytes a parameter (DeepSpeed
-    all-reduces gradients in bf16, once a step) and of 2 bytes (bf16 weights, gathered). The bandwidth is the measured
+    overlapped: NCCL's time a step and its hidden share. A ring moves (n − 1)/n of 4 bytes a parameter (fp32 gradients,
+    reduced and scattered once a step) and of 2 bytes (bf16 weights, gathered). The bandwidth is the measured
     one, or `network` (bytes/s of a node's adapters together: every ring leaves a node through one of them) if less.
     """
-    moved = lambda n: (n - 1) / n * parameters * (2 * 2 + 2)  # noqa: E731
+    moved = lambda n: (n - 1) / n * parameters * (4 + 2)  # noqa: E731
     measured = moved(measured_gpus) / communication_seconds
     communication = moved(gpus) / min(measured, network)
     seconds = one_gpu_seconds + communication * (1 - overlapped)
@@ -573,7 +573,7 @@ def estimates(report: Report, nodes: int, network_gbits: float, efficiency: floa
 # Order
 
 
-def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
+def plan(place: Place, stages: list[str], quick: bool, configs: list[str] | None = None) -> list[list[Case]]:
     """The cases of each group of processes, the groups in the order they run; what matters least comes last."""
     n, cpu = place.gpus, place.cpu
     steps = 12 if quick or cpu else 20
@@ -582,14 +582,14 @@ def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
     layouts = [(1, 1, 1)] + ([(n, 1, 1), (n, 1, 2), (n, 2, 1)] if n > 1 else [])       # processes, TP, ZeRO
     if "equality" in stages:
         size = [*TINY, "model.vocab_size=2048"] if cpu else SIX_LAYERS
-        arguments = overrides(data, cache, 20, 32 if cpu else 1024, 2, 4 if cpu else 8, *size)
+        arguments = overrides(data, cache, 20, 32 if cpu else 1024, 2, 4 if cpu else 8, *size,
+                              *([] if cpu else ["optimizer.warmup_steps=200"]))     # so that noise does not grow
         cases += [Case("equality", "based_360m", *layout, 8, arguments) for layout in layouts]
     if "speed" in stages:
-        rows = [("based_360m", 1, 1), ("based_360m", 1, 2), ("based_360m", 2, 1), ("based_1.3b", 1, 1),
-                ("based_1.3b", 2, 1)]
+        rows = [(config, tp, 1) for config in ("based_360m", "based_1.3b") for tp in (1, 2)]
         if not quick:
-            rows += [("attention_1.3b", 1, 1), ("attention_1.3b", 2, 1), ("based_1.3b", 1, 2)]
-        for config in dict.fromkeys(name for name, *_ in rows):
+            rows += [("attention_1.3b", 1, 1), ("attention_1.3b", 2, 1), ("based_360m", 1, 2), ("based_1.3b", 1, 2)]
+        for config in dict.fromkeys(name for name, *_ in rows if configs is None or name in configs):
             for processes, tp, zero in [(1, 1, 1)] + [(n, tp, zero) for name, tp, zero in rows if name == config]:
                 if (processes, tp, zero) in layouts:
                     micro, size = MICRO[config] * tp, [*TINY, "model.vocab_size=2048"] if cpu else []
@@ -609,7 +609,8 @@ def plan(place: Place, stages: list[str], quick: bool) -> list[list[Case]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=1200, metavar="SECONDS", help="end after this time")
-    parser.add_argument("--quick", action="store_true", help="no attention_1.3b, 12 steps a row")
+    parser.add_argument("--quick", action="store_true", help="speed: BASED with ZeRO-1 alone, 12 steps a row")
+    parser.add_argument("--config", nargs="+", metavar="NAME", help="speed: of these configurations alone")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--cpu", type=int, metavar="PROCESSES", help="tiny models on CPU processes")
     parser.add_argument("--nodes", type=int, default=16, help="of 8 GPUs, for the estimate")
@@ -642,7 +643,7 @@ def main() -> None:
 def run(args: argparse.Namespace, place: Place, report: Report) -> None:
     began = time.time()
     synthetic(place.folder / "synthetic", 200_000 if place.cpu else 8_000_000, 2048 if place.cpu else 50257)
-    groups = plan(place, args.stages, args.quick)
+    groups = plan(place, args.stages, args.quick, args.config)
     checkpoints = "checkpoint" in args.stages and place.gpus > 1
     straight: dict[int, float] = {}
     try:

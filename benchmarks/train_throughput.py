@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,18 @@ sys.path.insert(0, str(REPO))
 from based_mp.config import load_config  # noqa: E402
 from based_mp.estimate import flops_per_token  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
+from benchmarks.timing import matmul_rate  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
-MICRO = {"based_360m": 8, "attention_360m": 8, "based_1.3b": 4, "attention_1.3b": 4}      # at 2048 tokens
+MICRO = {"based_360m": 8, "attention_360m": 8, "based_1.3b": 8, "attention_1.3b": 4}      # at 2048 tokens
 LINE = re.compile(r"step +(\d+)/\d+ \| loss +(\S+) .*\| +([\d,]+) tok/s/rank \| MFU +(\S+)% \| mem +(\S+) GiB "
                   r"\| data wait +(\S+)%")
 GROUPS = {                                              # the first that matches a kernel's name
     "Taylor linear attention": "TaylorArgs", "gated convolution": "GatedConvArgs", "softmax attention": "flash|fmha",
     "RoPE": "rope_", "RMSNorm + add": "norm_forward|norm_backward", "SwiGLU": "swiglu",
-    "cross-entropy": "cross_entropy", "optimizer": "multi_tensor|adam", "matrix products": "gemm|nvjet|cutlass|xmma",
-    "embedding": "embedding|indexing_backward|radix|sort", "communication": "nccl",
+    "cross-entropy": "cross_entropy", "fp8 scaling": "quantize_row", "optimizer": "multi_tensor|adam",
+    "matrix products": "gemm|nvjet|cutlass|xmma", "embedding": "embedding|indexing_backward|radix|sort",
+    "communication": "nccl",
     "copies and fills": "Mem(cpy|set)|copy|fill",
     "element-wise": "elementwise|reduce"}
 
@@ -56,21 +59,6 @@ def synthetic(prefix: Path, tokens: int, vocab: int = 50257) -> None:
     ids = np.minimum(rng.zipf(1.2, documents * 1000) - 1, vocab - 1).astype(np.uint16)
     ids.tofile(prefix.with_suffix(".bin"))
     write_index(prefix.with_suffix(".idx"), [np.full(documents, 1000, np.int32)], np.dtype(np.uint16), documents)
-
-
-def matmul_rate() -> float:
-    """TFLOP/s of an 8192³ bf16 matrix product, the best of five times ten."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            a @ b
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e4)
-    return 2 * 8192**3 / min(seconds[1:]) / 1e12
 
 
 def overrides(data: str, cache: str, steps: int, length: int, micro: int, accumulation: int,
@@ -102,19 +90,19 @@ def train(config: str, arguments: list[str], environment: dict[str, str] | None 
             "first_step_seconds": first}
 
 
-def compare(config: str, arguments: list[str]) -> tuple[list[float], list[float]]:
-    """Losses of the same run with the kernels and in plain torch. Exits where either fails."""
-    results = [train(config, arguments, {"BASED_MP_BACKEND": backend}) for backend in ("", "torch")]
-    for result in results:
-        if "error" in result:
-            raise SystemExit(f"the check of the losses failed, nothing timed:\n{result['error']}")
-    return results[0]["losses"], results[1]["losses"]
+def losses(config: str, arguments: list[str], backend: str = "") -> list[float]:
+    """Of every step of a run; backend "torch": in plain torch. Exits where it fails."""
+    result = train(config, arguments, {"BASED_MP_BACKEND": backend})
+    if "error" in result:
+        raise SystemExit(f"the check of the losses failed, nothing timed:\n{result['error']}")
+    return result["losses"]
 
 
 def gate(data: str, cache: str) -> float:
     """Largest difference of ten steps' losses from plain torch's; exits where it is more than bf16 explains."""
     small = ["model.num_layers=6", "model.linear_attention_layers=[1]", "model.sliding_attention_layers=[2]"]
-    ours, torchs = compare("based_360m", overrides(data, cache, 10, 512, 2, 2, *small))
+    arguments = overrides(data, cache, 10, 512, 2, 2, *small)
+    ours, torchs = losses("based_360m", arguments), losses("based_360m", arguments, "torch")
     worst = max(abs(a - b) for a, b in zip(ours, torchs, strict=True))
     if not worst < 0.02 or len(ours) != 10:
         raise SystemExit(f"losses differ from plain torch's by {worst}, nothing timed:\n{ours}\n{torchs}")
@@ -154,11 +142,35 @@ def profile(config: str, arguments: list[str]) -> str:
                       "|---|---|---|", *rows, "largest of the element-wise, copies and other:", *largest])
 
 
+def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
+    """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (as far as
+    rounding alone goes), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
+    found, fp8 = {}, "training.fp8=rowwise"
+    for name, part, backend, *more in (("kernels", 1, ""), ("plain_torch", 1, "torch"), ("halves", 2, ""),
+                                       ("fp8", 1, "", fp8)):
+        written = [f"logging.tensorboard_dir={events}/{name}"] if events else []
+        found[name] = losses("based_360m", [*arguments(micro // part, accumulation * part), *written, *more], backend)
+
+    def means(steps: int) -> list[list[float]]:
+        """Of each run, one after the other."""
+        return [[statistics.mean(x[i : i + steps]) for i in range(0, len(x), steps)] for x in found.values()]
+
+    first, *names = found
+    print(f"| steps | {first} | {' | difference | '.join(names)} | difference |\n{'|---' * 2 * len(found)}|")
+    for i, (ours, *others) in enumerate(zip(*means(50), strict=True)):
+        cells = " | ".join(f"{x:.4f} | {x - ours:+.4f}" for x in others)
+        print(f"| {50 * i + 1}–{min(50 * i + 50, len(found['kernels']))} | {ours:.4f} | {cells} |")
+    ours, *others = means(10)
+    worst = [max((b - a for a, b in zip(ours, x, strict=True)), key=abs) for x in others]
+    print("largest difference of the means of ten steps: "
+          + ", ".join(f"{name} {x:+.4f}" for name, x in zip(names, worst, strict=True)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=list(MICRO), choices=list(MICRO))
     parser.add_argument("--length", nargs="+", type=int, default=[2048])
-    parser.add_argument("--micro-batch", type=int, help="sequences; default 8 (360m), 4 (1.3b) at 2048")
+    parser.add_argument("--micro-batch", type=int, help="sequences; default 8 (attention_1.3b 4) at 2048")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches an optimizer step")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--recompute", choices=["none", "norms", "selective", "full"],
@@ -167,7 +179,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
-    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m and of plain torch, on --data")
+    parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m beside plain torch, on --data")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's runs, for learning_curves.py")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
     parser.add_argument("--json", help="append the record to this file, one line a run")
     parser.add_argument("--commit", help="commit to record (default: git's)")
@@ -192,11 +205,8 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
         print(profile(name, overrides(data, cache, 8, length, micro(name, length), 1, "data.num_workers=0", *more)))
         return
     if args.curve:
-        ours, torchs = compare("based_360m", overrides(data, cache, args.curve, args.length[0],
-                                                       args.micro_batch or 8, args.accumulation, *more))
-        for step in range(0, args.curve, 10):
-            a, b = (statistics.mean(x[step : step + 10]) for x in (ours, torchs))
-            print(f"steps {step + 1}–{step + 10}: {a:.4f}, plain torch {b:.4f}, difference {a - b:+.4f}")
+        curve(lambda *sizes: overrides(data, cache, args.curve, args.length[0], *sizes, *more), args.micro_batch or 8,
+              args.accumulation, args.tensorboard)
         return
     commit = args.commit or git_commit()
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,

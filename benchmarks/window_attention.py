@@ -8,7 +8,6 @@ rate, whichever is longer (forward 4·head_dim FLOPs a visible key, backward 2.5
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(REPO))
 
 from based_mp.ops.reference import window_attention_naive  # noqa: E402
 from based_mp.ops.window_attention import causal_attention  # noqa: E402
-from benchmarks.train_throughput import matmul_rate  # noqa: E402
+from benchmarks.timing import matmul_rate, median_us  # noqa: E402
 
 SHAPES = [(8, 2048, 16, 64), (4, 2048, 16, 112)]
 
@@ -28,16 +27,7 @@ SHAPES = [(8, 2048, 16, 64), (4, 2048, 16, 112)]
 def microseconds(call: Callable[[], object]) -> float:
     for _ in range(3):
         call()
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 200)
-    return statistics.median(times)
+    return median_us(call, 20, calls=5)
 
 
 def dense_flash(window: int) -> Callable[..., torch.Tensor]:

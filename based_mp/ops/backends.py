@@ -28,7 +28,7 @@ def _load_extension() -> ModuleType | None:
 
 
 # BASED_MP_BACKEND=torch: every op in plain torch, to compare with or to look for a fault.
-_TORCH_ONLY = os.environ.get("BASED_MP_BACKEND") == "torch"
+TORCH_ONLY = os.environ.get("BASED_MP_BACKEND") == "torch"
 HAS_TRITON = importlib.util.find_spec("triton") is not None          # comes with CUDA builds of torch
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"       # Triton's kernels run on the CPU, for tests
 
@@ -74,7 +74,7 @@ def _unusable(device: torch.device) -> str | None:
 
 def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None) -> str:
     """"cuda" where the kernels can run these inputs, else "torch"; on a GPU, one warning says why not."""
-    if not q.is_cuda or _TORCH_ONLY:
+    if not q.is_cuda or TORCH_ONLY:
         return "torch"
     reason = _refusal(q, k, v, decay)
     if reason is None:
@@ -85,7 +85,7 @@ def taylor_backend(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = No
 
 def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
     """"cuda" where the gated convolution's kernels can run these inputs, else "torch", with one warning on a GPU."""
-    if not x.is_cuda or _TORCH_ONLY:
+    if not x.is_cuda or TORCH_ONLY:
         return "torch"
     reason = None
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
@@ -103,7 +103,7 @@ def gated_conv_backend(x: Tensor, weight: Tensor, carry: Tensor | None) -> str:
 def fused_backend(x: Tensor) -> str:
     """"triton" for the element-wise ops of `based_mp.ops.fused` on a GPU with Triton, else "torch"."""
     usable = (x.is_cuda or TRITON_INTERPRETED) and HAS_TRITON and x.dtype != torch.float64
-    return "triton" if usable and not _TORCH_ONLY else "torch"
+    return "triton" if usable and not TORCH_ONLY else "torch"
 
 
 def _decode_refusal(weight: Tensor, model: ModelConfig, tp_size: int) -> str | None:
@@ -135,6 +135,14 @@ def decode_ops(weight: Tensor, model: ModelConfig, tp_size: int) -> ModuleType:
         if reason is not None:
             _warn_once("Generation", reason)
     return importlib.import_module("based_mp.ops.decode_cuda" if reason is None else "based_mp.ops.decode_torch")
+
+
+def check_fp8(device: torch.device) -> None:
+    """UserError where the GPU has no fp8 matrix products; on a CPU torch computes them."""
+    if device.type == "cuda" and _capability(device.index or 0) < (8, 9):
+        found = ".".join(map(str, _capability(device.index or 0)))
+        raise UserError("training.fp8 needs a GPU of compute capability 8.9 or above (Ada, Hopper or later), this one "
+                        f"has {found}: set training.fp8=none")
 
 
 @functools.cache

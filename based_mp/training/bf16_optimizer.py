@@ -1,9 +1,10 @@
 """DeepSpeed's bf16 optimizer (ZeRO-1: fp32 sums, master weights and states) with fewer passes over the gradients.
 
 A linear layer's weight gradient is added to the fp32 sum by the matrix product that computes it, so that it never
-exists in bf16 (megatron-core's gradient_accumulation_fusion); every other gradient is added by one kernel. The
-gradient norm takes a few kernels, clipping and the test for infinities happen inside the fused AdamW, and
-the host never waits for the GPU.
+exists in bf16 (megatron-core's gradient_accumulation_fusion); every other gradient is added by one kernel. Each
+data-parallel rank gets the sums of its partition alone (a reduce-scatter, where DeepSpeed all-reduces). The gradient
+norm takes a few kernels, averaging, clipping and the test for infinities happen inside the fused AdamW, and the host
+never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -50,9 +51,15 @@ class FusedBF16Optimizer(BF16_Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clips and steps; a step whose gradients are not all finite changes nothing."""
-        norm = self._norm()
+        ranks = dist.get_world_size(self.dp_process_group)
+        if ranks > 1:
+            for total, own in zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition,
+                                  strict=True):
+                # NCCL sums in place; gloo must not.
+                dist.reduce_scatter_tensor(own, total if total.is_cuda else total.clone(), group=self.dp_process_group)
+        norm = self._norm() / ranks
         self._global_grad_norm = norm
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1) * ranks
         self.optimizer.found_inf = (~norm.isfinite()).float()
         for parameter, gradient in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition,
                                        strict=True):
@@ -62,17 +69,27 @@ class FusedBF16Optimizer(BF16_Optimizer):
         self.update_lp_params()
 
     def _norm(self) -> Tensor:
-        """Of all gradients; those of replicated parameters count on the first tensor-parallel rank."""
-        first = self.mpu.get_tensor_model_parallel_rank() == 0
-        counted = [total for parameters, sums in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
-                   for parameter, total in zip(parameters, sums, strict=True)
-                   if first or is_model_parallel_parameter(parameter)]
-        norm = torch.nn.utils.get_total_norm(counted)
-        if self.mpu.get_tensor_model_parallel_world_size() > 1:
+        """Of the gradients summed over the ranks; those of replicated parameters count on the first tensor-parallel
+        rank."""
+        counted = self._counted()
+        norm = torch.nn.utils.get_total_norm(counted) if counted else self.fp32_groups_flat_partition[0].new_zeros(())
+        if dist.get_world_size() > 1:
             norm = norm.square()
-            dist.all_reduce(norm, group=self.mpu.get_model_parallel_group())
+            dist.all_reduce(norm)
             norm = norm.sqrt()
         return norm
+
+    def _counted(self) -> list[Tensor]:
+        """Views of what lies of every parameter's gradient in this rank's partition and counts in the norm."""
+        first = self.mpu.get_tensor_model_parallel_rank() == 0
+        rank, views = dist.get_rank(self.dp_process_group), []
+        for parameters, own in zip(self.bf16_groups, self.fp32_groups_gradient_flat_partition, strict=True):
+            end, (low, high) = 0, (rank * own.numel(), (rank + 1) * own.numel())
+            for parameter in parameters:
+                start, end = end, end + parameter.numel()
+                if (first or is_model_parallel_parameter(parameter)) and start < high and end > low:
+                    views.append(own[max(start, low) - low : min(end, high) - low])
+        return views
 
 
 def fuse(engine: Any) -> None:
@@ -80,5 +97,4 @@ def fuse(engine: Any) -> None:
     if type(engine.optimizer) is BF16_Optimizer:
         engine.optimizer.__class__ = FusedBF16Optimizer
         engine.optimizer.fuse_weight_gradients(engine.module)
-        # Among one rank there is nothing to sum, but it would copy all gradients.
-        engine.enable_backward_allreduce = engine.dp_world_size > 1
+        engine.enable_backward_allreduce = False               # the optimizer sums over the ranks

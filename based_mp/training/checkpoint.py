@@ -93,6 +93,10 @@ def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
         path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise RuntimeError("DeepSpeed found no state for this layout")
+    # From a universal checkpoint DeepSpeed leaves AdamW's step count on the host, which the fused AdamW refuses.
+    for parameter, state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.items():
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
     return int(client.get("step", meta["step"]))
 
 

@@ -18,6 +18,7 @@ from based_mp.errors import UserError
 from based_mp.estimate import parameter_counts
 from based_mp.inference.load import full_state, load_state
 from based_mp.model.based_model import build_model
+from based_mp.model.fp8 import use_fp8
 from based_mp.parallel.mpu import MPU
 from based_mp.parallel.state import Ranks
 
@@ -112,6 +113,8 @@ def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weigh
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=(o.beta1, o.beta2),
                                   eps=o.eps, fused=True)
+    if config.training.fp8 != "none":
+        use_fp8(model, optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
     from based_mp.training.bf16_optimizer import fuse  # imports DeepSpeed, quiet by now
     fuse(engine)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ from torch import Tensor
 
 from based_mp.config import Config
 from based_mp.data.datasets import Datasets, batches, build_datasets, check_corpora, prepare_cache
-from based_mp.errors import UserError
+from based_mp.evaluation.perplexity import corpus_loss
 from based_mp.evaluation.slices import RecallSlices
-from based_mp.model.based_model import token_losses
 from based_mp.model.linear_attention import LinearAttention
 from based_mp.parallel.state import Ranks
 from based_mp.training import checkpoint as ckpt
 from based_mp.training.engine import build_engine, set_learning_rate, whole_copy
 from based_mp.training.health import StopSignal, check_loss
 from based_mp.training.metrics import Metrics
+from based_mp.training.micro_batch import MicroBatch, use_own_stream
 from based_mp.training.schedule import learning_rate
 
 
@@ -38,7 +37,9 @@ class Trainer:
         _, self.accumulation = config.check_world(ranks.world_size)
         prepare_cache(config, ranks)
         self.data: Datasets = build_datasets(config, ranks, self.eod)
+        use_own_stream(ranks.device)
         self.engine, self.step = self._engine_at_checkpoint()
+        self.micro_batch = MicroBatch(self.engine, config, ranks.device)
         self.saved_at = self.step if self.step else None
         self.metrics = Metrics(config, ranks, self.step)
         self.stop = StopSignal(ranks.device)
@@ -125,13 +126,10 @@ class Trainer:
         counted = self._tokens_in_step(micro_batches)
         total = torch.zeros((), device=self.ranks.device)
         for batch in micro_batches:
-            # DeepSpeed divides by the accumulation and averages over ranks: undo both, divide by the true count.
-            share = (token_losses(self.engine, batch) * batch["loss_mask"]).sum() / counted
-            self.engine.backward(share * (self.accumulation * self.ranks.dp_size))
+            total += self.micro_batch(batch, counted)
             if self.engine.is_gradient_accumulation_boundary():
                 self.grad_norm = self._stage_zero_norm()
             self.engine.step()
-            total += share.detach()
         if self.grad_norm is None:
             self.grad_norm = self.engine.get_global_grad_norm()
         return total
@@ -168,7 +166,6 @@ class Trainer:
             check_loss(value, step, saved)
         return sum(values) / len(values)
 
-    @torch.no_grad()
     def _evaluate(self, name: str, corpora: dict[str, tuple[Any, float]]) -> bool:
         """Loss of every corpus over validation.batches global batches; linear-attention health in the first of them.
 
@@ -178,27 +175,20 @@ class Trainer:
         mixers = {layer: module.self_attention for layer, module in enumerate(self.engine.module.decoder.layers)
                   if isinstance(module.self_attention, LinearAttention)}
         results: dict[str, float] = {}
+
+        def stopped(seen: int) -> bool:
+            for mixer in mixers.values():
+                mixer.collect_diagnostics = not results and seen < self.accumulation
+            return self.stop.agreed()
+
+        for mixer in mixers.values():
+            mixer.collect_diagnostics = True
         for corpus, (dataset, _) in corpora.items():
-            steps = min(self.config.validation.batches, len(dataset) // self.config.training.global_batch_size)
-            if steps == 0:
-                raise UserError(f"{name} corpus {corpus} has {len(dataset)} samples, fewer than one global batch of "
-                                f"{self.config.training.global_batch_size}: use a larger corpus or a smaller batch")
-            sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)
-            stream_of = partial(batches, dataset, self.config, self.ranks, self.eod, first_step=0, last_step=steps)
-            if self.slices is not None:
-                self.slices.learn(f"{name}/{corpus}", stream_of)
-            with closing(stream_of()) as stream:
-                for i, batch in enumerate(stream):
-                    for mixer in mixers.values():
-                        mixer.collect_diagnostics = not results and i < self.accumulation
-                    losses = token_losses(self.engine, batch) * batch["loss_mask"]
-                    if self.slices is not None:
-                        self.slices.add(batch, losses)
-                    sums += torch.stack([losses.double().sum(), batch["loss_mask"].double().sum()])
-                    if self.stop.agreed():
-                        return False
-            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-            results[corpus] = (sums[0] / sums[1].clamp(min=1)).item()
+            found = corpus_loss(self.engine, f"{name}/{corpus}", dataset, self.config, self.ranks, self.eod,
+                                slices=self.slices, stopped=stopped)
+            if found is None:
+                return False
+            results[corpus], _ = found
             if self.slices is not None:
                 self.metrics.log_slices(self.step, f"{name}_{corpus}", self.slices.result())
         weights = {corpus: weight for corpus, (_, weight) in corpora.items()}

@@ -97,6 +97,8 @@ def test_zero_and_tensor_parallelism_shrink_memory():
                     for sp in ("false", "true"))
     assert split == parts()["activations"] / 2 < whole < parts()["activations"]
     assert parts("training.recompute=full")["activations"] < parts()["activations"] / 3
+    copies = parts("training.fp8=rowwise", "parallel.tensor_parallel_size=2")["fp8 weights"]
+    assert 0.9 * total < copies < total - 50304 * 1792 and "fp8 weights" not in parts()
 
 
 def test_text_says_batch_run_and_time():

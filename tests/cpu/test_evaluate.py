@@ -100,3 +100,31 @@ def test_the_tradeoff_in_one_command(run_folder, tmp_path):
 def test_mistakes_are_told(run_folder, options, told):
     result = evaluate(run_folder, *options)
     assert result.returncode != 0 and told in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+WITHOUT_EXTRAS = """
+import importlib, importlib.util, sys
+real, missing = importlib.util.find_spec, ("lm_eval", "datasets", "fla")
+sys.modules.update({name: None for name in missing})
+importlib.util.find_spec = lambda name, *more: None if name in missing else real(name, *more)
+for module in ("training.loop", "inference.server", "evaluation.recall_sweep", "evaluation.perplexity"):
+    importlib.import_module("based_mp." + module)
+from based_mp.config import ModelConfig
+from based_mp.errors import UserError
+from based_mp.model.layer_specs import block_spec
+model = {"d_model": 64, "num_layers": 2, "num_heads": 2, "other_layers": "gla"}
+block_spec(ModelConfig(**model))
+for use in (lambda: importlib.import_module("based_mp.evaluation.harness"),
+            lambda: block_spec(ModelConfig(**model, kernels="fla"))):
+    try:
+        use()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_without_the_extras_everything_else_works():
+    result = launch("-c", WITHOUT_EXTRAS)
+    assert result.returncode == 0, result.stderr
+    told = result.stdout.splitlines()
+    assert len(told) == 2 and "pip install '.[eval]'" in told[0] and "pip install '.[fla]'" in told[1]

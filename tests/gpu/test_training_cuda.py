@@ -1,12 +1,17 @@
-"""Training steps on a GPU: the bf16 optimizer against DeepSpeed's, and that the host never waits."""
+"""Training steps on a GPU: the bf16 optimizer against DeepSpeed's, CUDA graphs, and that the host never waits."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
 
 from based_mp.ops import backends
-from based_mp.training import bf16_optimizer
+from based_mp.parallel import state
+from based_mp.training import bf16_optimizer, loop, reshard
+from benchmarks.train_throughput import synthetic
+from tests.models import MODEL, tiny_config
 from tests.parity.test_bf16_optimizer import train
 
 pytestmark = pytest.mark.skipif(
@@ -16,7 +21,6 @@ SMALL = {"d_model": 256, "feature_dim": 16, "ffn_hidden_size": 512}
 
 @pytest.fixture(scope="module")
 def ranks():
-    from based_mp.parallel import state
     yield state.initialize(device="cuda", seed=3)
     state.destroy()
 
@@ -58,3 +62,57 @@ def test_the_host_never_waits(ranks, monkeypatch):
         train(ranks, 4, model=SMALL, before_step=settled)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def run(ranks, folder, *, steps, graph=True, before_step=lambda step: None, **sections):
+    """[(loss, gradient norm)] of every step of a run of launch/pretrain.py's loop, and the trainer."""
+    if not (folder / "data.idx").exists():
+        synthetic(folder / "data", 40_000, 120)
+    ours = {"model": SMALL, "data": {"train": [{"path": str(folder / "data")}], "cache_dir": str(folder / "cache")},
+            "training": {"precision": "bf16", "device": "cuda", "steps": steps, "seq_length": 128, "cuda_graph": graph},
+            "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 4}, "validation": {"interval": 0},
+            "logging": {"log_interval": 1}}
+    config = tiny_config(**{name: {**(MODEL if name == "model" else {}), **ours.get(name, {}), **sections.get(name, {})}
+                            for name in ours.keys() | sections.keys()})
+    state.initialize(device="cuda", seed=5)
+    trainer, lines = loop.Trainer(config, ranks), []
+    trainer.metrics.log_step = lambda step, loss, lr, norm: lines.append((loss, norm))
+    step = trainer._train_step
+    trainer._train_step = lambda *args: (before_step(trainer.step), step(*args))[1]
+    trainer.run()
+    return lines, trainer
+
+
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective"])
+def test_graph_equals_eager(ranks, tmp_path, recompute):
+    ours, trainer = run(ranks, tmp_path, steps=8, training={"recompute": recompute})
+    expected, eager = run(ranks, tmp_path, steps=8, graph=False, training={"recompute": recompute})
+    assert trainer.micro_batch.graph is not None and eager.micro_batch.graph is None
+    assert ours[0] == expected[0] and len({loss for loss, _ in ours}) == 8
+    for (loss, norm), (other, other_norm) in zip(ours, expected, strict=True):
+        assert loss == pytest.approx(other, abs=2e-3) and norm == pytest.approx(other_norm, rel=5e-3)
+
+
+def test_the_host_never_waits_for_graphs(ranks, tmp_path):
+    """But to log a line, which does not happen in `_train_step`."""
+    def settled(step):
+        torch.cuda.set_sync_debug_mode("error" if step in (3, 4) else "default")
+
+    try:
+        run(ranks, tmp_path, steps=6, before_step=settled, logging={"log_interval": 6})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_goes_on_from_saved_and_resharded(ranks, tmp_path):
+    """The last 4 of 8 steps once more: from the checkpoint itself, and from it resharded."""
+    straight, _ = run(ranks, tmp_path, steps=8, checkpoint={"dir": str(tmp_path / "straight"), "interval": 4})
+    saved = tmp_path / "straight/step_00000004"
+    shutil.copytree(saved, tmp_path / "saved" / saved.name)
+    (tmp_path / "saved/latest").write_text(saved.name)
+    reshard.reshard(saved, tmp_path / "resharded")
+    for folder in ("saved", "resharded"):
+        lines, trainer = run(ranks, tmp_path, steps=8, checkpoint={"dir": str(tmp_path / folder), "interval": 4})
+        assert len(lines) == 4 and trainer.step == 8
+        for (loss, norm), (other, other_norm) in zip(lines, straight[4:], strict=True):
+            assert loss == pytest.approx(other, abs=2e-3) and norm == pytest.approx(other_norm, rel=5e-3)

@@ -86,6 +86,19 @@ def swiglu_backward(dy, x, dx, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def quantize_row(x, q, scale, width, BLOCK: tl.constexpr):
+    """A row in e4m3: q = x / scale, scale the smallest power of two with max |x| / scale ≤ 448."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = 448.0 / tl.maximum(tl.max(tl.abs(value), 0), 1e-12)
+    inverse = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    tl.store(q + row * width + column, (value * inverse).to(tl.float8e4nv), mask=inside)
+    tl.store(scale + row, 1.0 / inverse)
+
+
+@triton.jit
 def cross_entropy_forward(logits, labels, largest, total, target, first, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """A row of this rank's part of the vocabulary: maximum, Σ exp(logit − maximum), and the label's logit (or 0)."""
     row = tl.program_id(0).to(tl.int64)
