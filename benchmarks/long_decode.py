@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from based_mp.config import load_config
 from based_mp.errors import UserError, run_cli
-from based_mp.inference.generate import Generator
+from based_mp.inference.load import open_model
 from based_mp.inference.model import InferenceModel
 from based_mp.model.based_model import build_model
 from based_mp.parallel import state
@@ -87,7 +87,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = state.initialize(device=device, seed=1)
     if args.checkpoint:
-        model = Generator.from_checkpoint(args.checkpoint, ranks).model
+        config, module = open_model(args.checkpoint, ranks)
+        model = InferenceModel(module, config.model)
     else:
         config = load_config(args.config)
         config = config.model_copy(update={"training": config.training.model_copy(update={"device": device})})

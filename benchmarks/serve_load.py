@@ -1,10 +1,11 @@
 """Many mixed requests against a completions server: whole and streamed, cancelled, and bad.
 
-    python benchmarks/serve_load.py --requests 10000 [--concurrency 32]
+    python benchmarks/serve_load.py --requests 10000 [--concurrency 32] [--device cuda]
 
-Serves a tiny random model on the CPU, from this process, on a free loopback port. Every text is compared with what the
-model says alone; at the end all slots must be free and memory must not have grown. tests/cpu/test_server.py runs a few
-hundred.
+Serves a tiny random model from this process, on a free loopback port. Every text is compared with what the model says
+alone: on the CPU they are the same; on a GPU the bf16 products round differently for prompts of other lengths beside
+them, which may turn a near tie, so that 98% must be. At the end all slots must be free and memory must not have grown.
+tests/cpu/test_server.py runs a few hundred.
 """
 
 from __future__ import annotations
@@ -123,30 +124,35 @@ async def load(service: Service, requests: int,
     return counts, texts, memory
 
 
-def check_alone(generator: Generator, texts: dict[int, list[str]]) -> None:
-    """Every text equals that of its own run."""
+def same_alone(generator: Generator, texts: dict[int, list[str]]) -> float:
+    """The share of the texts that equal those of their own runs."""
+    same = 0
     for i, said in texts.items():
         body = request_of(i)
         stop = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
         alone = generator.generate([body["prompt"]] * body["n"], max_new_tokens=body["max_tokens"],
                                    temperature=body["temperature"], top_p=body["top_p"], seed=body["seed"], stop=stop)
-        assert [c.text for c in alone] == said, (body, said)
+        same += [c.text for c in alone] == said
+    return same / max(len(texts), 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10000)
     parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     from tests.models import tiny_generator
-    generator = tiny_generator()
+    generator = tiny_generator(args.device)
     start = time.monotonic()
     counts, texts, memory = asyncio.run(load(Service(generator, "tiny", slots=8, length=128, waiting=40), args.requests,
                                              args.concurrency))
     print(f"{args.requests} requests in {time.monotonic() - start:.0f} s: {counts}")
     print("resident MiB:", [round(m / 2**20) for m in memory])
-    check_alone(generator, texts)
-    print(f"{len(texts)} texts equal their lone runs; all slots are free")
+    same = same_alone(generator, texts)
+    print(f"{same:.2%} of {len(texts)} answers equal their lone runs; all slots are free")
+    if same < (1 if args.device == "cpu" else 0.98):
+        raise SystemExit("error: answers depend on the other requests")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
     define(m, "decode_add_norm", decode_add_norm);
     define(m, "decode_swiglu", decode_swiglu);
     define(m, "decode_linear", decode_linear);
+    define(m, "decode_product", decode_product);
     define(m, "decode_conv", decode_conv);
     define(m, "decode_taylor", decode_taylor);
     define(m, "decode_attention", decode_attention);

@@ -5,8 +5,7 @@
 #include "decode_common.cuh"
 using namespace decode;
 
-constexpr int kThreads = 128, kUnroll = 4;
-constexpr int kFirst = 528, kFirstKeys = 128;     // blocks that may have to wait for their input, keys that they ask for meanwhile
+constexpr int kThreads = 128, kUnroll = 8;
 
 // Element i of a rotated head: the half-split layout on the first 2 * half dimensions.
 __device__ __forceinline__ float rotated(const bf16* x, const float* cosine, int i, int half) {
@@ -29,7 +28,7 @@ struct Attention {
 };
 
 template <int L>
-__global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant__ Attention p) {
+__global__ void __launch_bounds__(kThreads, 4) attention_step(const __grid_constant__ Attention p) {
     constexpr int Groups = kThreads / L, Width = L * 8;
     __shared__ __align__(16) float q[Width];
     __shared__ __align__(16) bf16 k_new[Width], v_new[Width];
@@ -39,8 +38,22 @@ __global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant
     const int position = slot < 0 ? 0 : p.positions[slot], count = min(position + 1, p.capacity), own = position % p.capacity;
     const int share = (count + p.splits - 1) / p.splits, begin = split * share, end = min(begin + share, count);
     const int64_t ring = ((int64_t)slot * p.heads + head) * p.capacity * p.padded;
-    if (slot >= 0 && blockIdx.x + blockIdx.y * gridDim.x < kFirst && threadIdx.x < 2)
-        prefetch((threadIdx.x ? p.values : p.keys) + ring + (int64_t)begin * p.padded, min(end - begin, kFirstKeys) * p.padded * 2);
+    const int group = threadIdx.x / L, lane = threadIdx.x % L;
+    const bool inside = lane * 8 < p.padded;
+    const uint4* k = (const uint4*)(p.keys + ring) + lane;
+    const uint4* v = (const uint4*)(p.values + ring) + lane;
+    const int vectors = p.padded / 8;
+    uint4 keys[kUnroll], values[kUnroll];
+    auto fetch = [&](int base) {
+        #pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int j = base + u * Groups + group;
+            const bool there = j < end && j != own && inside && slot >= 0;     // the own token is not in the ring yet
+            keys[u] = there ? __ldcs(k + (int64_t)j * vectors) : make_uint4(0, 0, 0, 0);
+            values[u] = there ? __ldcs(v + (int64_t)j * vectors) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    fetch(begin);                                                  // no kernel since the last step has changed the ring
     wait_for_previous();
     if (slot < 0) return;
     const bf16* in = p.x + ((int64_t)row * p.heads + head) * 3 * p.head_dim;
@@ -52,29 +65,18 @@ __global__ void __launch_bounds__(kThreads) attention_step(const __grid_constant
         v_new[i] = real ? in[2 * p.head_dim + i] : __float2bfloat16(0.f);
     }
     __syncthreads();
-    const int group = threadIdx.x / L, lane = threadIdx.x % L;
-    const bool inside = lane * 8 < p.padded;
-    const uint4* k = (const uint4*)(p.keys + ring) + lane;
-    const uint4* v = (const uint4*)(p.values + ring) + lane;
-    const int vectors = p.padded / 8;
     float query[8], sum[8] = {}, largest = -INFINITY, total = 0.f;
     #pragma unroll
     for (int i = 0; i < 8; ++i) query[i] = q[lane * 8 + i];
     for (int base = begin; base < end; base += Groups * kUnroll) {
-        uint4 keys[kUnroll], values[kUnroll];
         float score[kUnroll];
+        if (base > begin) fetch(base);
         #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int j = base + u * Groups + group;
-            keys[u] = values[u] = make_uint4(0, 0, 0, 0);
-            if (j == own) {                                        // not in the ring yet
+        for (int u = 0; u < kUnroll; ++u)
+            if (base + u * Groups + group == own) {
                 keys[u] = ((const uint4*)k_new)[lane];
                 values[u] = ((const uint4*)v_new)[lane];
-            } else if (j < end && inside) {
-                keys[u] = __ldcs(k + (int64_t)j * vectors);
-                values[u] = __ldcs(v + (int64_t)j * vectors);
             }
-        }
         float peak = largest;
         #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -153,20 +155,49 @@ __global__ void attention_join(const __grid_constant__ Attention p) {
     p.o[at * p.head_dim + i] = __float2bfloat16(all / whole);
 }
 
-__global__ void rope_run(const bf16* x, const float* rotation, bf16* q, bf16* k, bf16* v, int64_t elements, int heads, int head_dim,
-                         int padded, int half, float q_factor) {
+// Eight elements of a padded head a thread. `aligned`: they, and those that they are rotated with, are 16 bytes of one row.
+__global__ void rope_run(const bf16* x, const float* rotation, bf16* q, bf16* k, bf16* v, int64_t vectors, int heads, int head_dim,
+                         int padded, int half, float q_factor, bool aligned) {
     let_next_start();
     wait_for_previous();
     const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (n >= elements) return;
-    const int i = n % padded;
-    const int64_t at = n / padded;               // token * heads + head
-    if (i >= head_dim) { q[n] = k[n] = v[n] = __float2bfloat16(0.f); return; }
+    if (n >= vectors) return;
+    const int first = n % (padded / 8) * 8;
+    const int64_t at = n / (padded / 8);         // token * heads + head
     const bf16* in = x + at * 3 * head_dim;
     const float* cosine = rotation + at / heads * 2 * half;
-    q[n] = __float2bfloat16(rotated(in, cosine, i, half) * q_factor);
-    k[n] = __float2bfloat16(rotated(in + head_dim, cosine, i, half));
-    v[n] = in[2 * head_dim + i];
+    float a[8], b[8];
+    if (aligned) {
+        const int f = first < half ? first : first - half, other = first < half ? first + half : f;
+        const bool turned = first < 2 * half;
+        float c[8], s[8], u[8];
+        load8<false>(in, first, a);
+        load8<false>(in + head_dim, first, b);
+        if (turned) { load8<true>(cosine, f, c); load8<true>(cosine + half, f, s); }
+        #pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            float (&own)[8] = part ? b : a;
+            if (turned) load8<false>(in + part * head_dim, other, u);
+            #pragma unroll
+            for (int j = 0; j < 8; ++j)
+                if (turned) own[j] = rounded(own[j] * c[j] + (first < half ? -u[j] : u[j]) * s[j]);
+        }
+        ((uint4*)v)[n] = *(const uint4*)(in + 2 * head_dim + first);
+    } else {
+        float own[8];
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const bool real = first + j < head_dim;
+            a[j] = real ? rotated(in, cosine, first + j, half) : 0.f;
+            b[j] = real ? rotated(in + head_dim, cosine, first + j, half) : 0.f;
+            own[j] = real ? __bfloat162float(in[2 * head_dim + first + j]) : 0.f;
+        }
+        store8<false>(v, n * 8, own);
+    }
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) a[j] *= q_factor;
+    store8<false>(q, n * 8, a);
+    store8<false>(k, n * 8, b);
 }
 
 extern "C" int decode_attention(const void* x, const int* slots, const int* positions, const float* rotation, void* keys, void* values,
@@ -183,7 +214,8 @@ extern "C" int decode_attention(const void* x, const int* slots, const int* posi
 
 extern "C" int prefill_rope(const void* x, const float* rotation, void* q, void* k, void* v, int64_t tokens, int heads, int head_dim,
                             int padded, int half, float q_factor, void* stream) {
-    const int64_t elements = tokens * heads * padded;
-    return launch(rope_run, (unsigned)((elements + 255) / 256), 256, 0, stream, (const bf16*)x, rotation, (bf16*)q, (bf16*)k, (bf16*)v,
-                  elements, heads, head_dim, padded, half, q_factor);
+    const int64_t vectors = tokens * heads * (padded / 8);
+    if (padded % 8) return (int)cudaErrorInvalidValue;
+    return launch(rope_run, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, rotation, (bf16*)q, (bf16*)k, (bf16*)v,
+                  vectors, heads, head_dim, padded, half, q_factor, head_dim % 8 == 0 && half % 8 == 0);
 }

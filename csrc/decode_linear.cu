@@ -1,7 +1,8 @@
 // Matrix product with at most four rows, where the time is that of reading the weights. A warp makes one or two columns of the
 // result (with SwiGLU a gate and its value), a lane takes every 32nd vector of 16 bytes of the weight rows; the first of them are
 // on their way before the input is there, the others to the L2 cache. The input waits in shared memory as bf16, multiplied by
-// the weights of the norm where asked for; the norm's factor of a row comes to its sums.
+// the weights of the norm where asked for; the norm's factor of a row comes to its sums. In a convolution layer the two columns
+// of a warp are an input of the convolution and its gate, and a lane makes the step of one row.
 #include "decode_common.cuh"
 using namespace decode;
 
@@ -14,14 +15,21 @@ struct Linear {
     const bf16* norm_weight;
     float eps;
     void* add_to;
-    const bf16* bias;
+    const bf16* bias;                            // of the addition [columns], or of the convolution's input [columns]
+    const bf16* taps;                            // [columns / 2, count]
+    int count;
+    const int* slots;
+    bf16* carry;                                 // [slots, count - 1, columns / 2]
     int rows, columns, inner;
 };
+enum Kind { kPlain, kSwiglu, kConv };            // as in decode_product.cu
+constexpr int kMostTaps = 4;
 
 // C columns a warp.
-template <int N, bool Fp32, bool Swiglu, int C>
+template <int N, bool Fp32, Kind What, int C>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant__ Linear p) {
     constexpr int Ahead = 8 / C;
+    constexpr bool Paired = What != kPlain;
     extern __shared__ __align__(16) uint4 input[];                 // [rows, inner] bf16
     __shared__ float squares[N][kWarps];
     let_next_start();
@@ -32,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     bool real[C];
     #pragma unroll
     for (int c = 0; c < C; ++c) {
-        column[c] = Swiglu ? warp + c * half : C * warp + c;
-        real[c] = Swiglu ? warp < half : column[c] < p.columns;
+        column[c] = Paired ? warp + c * half : C * warp + c;
+        real[c] = Paired ? warp < half : column[c] < p.columns;
         from[c] = (const uint4*)p.weight + (int64_t)column[c] * vectors;
     }
     uint4 w[C][Ahead];
@@ -51,9 +59,21 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     for (int c = 0; c < C; ++c)
         if (lane == 0 && real[c]) prefetch(from[c] + Ahead * 32, (vectors - Ahead * 32) * 16);
     if (p.norm_weight && blockIdx.x == 0 && threadIdx.x == 0) prefetch(p.norm_weight, p.inner * 2);
+    const int slot = What == kConv && lane < p.rows && real[0] ? p.slots[lane] : -1;
+    const int64_t state = (int64_t)slot * (p.count - 1) * half + warp;
+    float tap[kMostTaps] = {}, window[kMostTaps - 1] = {}, offset[C] = {};
+    if (slot >= 0) {                                               // the window changes in this kernel alone
+        #pragma unroll
+        for (int i = 0; i < kMostTaps; ++i) {
+            if (i < p.count) tap[i] = __bfloat162float(p.taps[(int64_t)warp * p.count + i]);
+            if (i < p.count - 1) window[i] = __bfloat162float(p.carry[state + (int64_t)i * half]);
+        }
+        #pragma unroll
+        for (int c = 0; c < C; ++c) offset[c] = __bfloat162float(p.bias[column[c]]);
+    }
     wait_for_previous();
     float before[C] = {};                                          // what lane n adds row n's result to
-    if (!Swiglu && p.add_to && lane < p.rows)
+    if (!Paired && p.add_to && lane < p.rows)
         #pragma unroll
         for (int c = 0; c < C; ++c)
             if (real[c]) {
@@ -124,10 +144,22 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     }
     #pragma unroll
     for (int c = 0; c < C; ++c) own[c] = rounded(own[c] * scale);
-    if (Swiglu && real[0]) p.y[(int64_t)lane * half + warp] = __float2bfloat16(silu(own[0]) * own[C - 1]);
+    if (What == kSwiglu && real[0]) p.y[(int64_t)lane * half + warp] = __float2bfloat16(silu(own[0]) * own[C - 1]);
+    if (slot >= 0) {
+        const float newest = rounded(own[0] + offset[0]);
+        float sum = 0.f;
+        #pragma unroll
+        for (int i = 0; i < kMostTaps; ++i) {
+            if (i >= p.count) break;
+            const float x = i == p.count - 1 ? newest : window[min(i, kMostTaps - 2)];
+            sum += x * tap[i];
+            if (i > 0) p.carry[state + (int64_t)(i - 1) * half] = __float2bfloat16(x);
+        }
+        p.y[(int64_t)lane * half + warp] = __float2bfloat16(silu(sum) * rounded(own[C - 1] + offset[C - 1]));
+    }
     #pragma unroll
     for (int c = 0; c < C; ++c) {
-        if (Swiglu || !real[c]) continue;
+        if (Paired || !real[c]) continue;
         const int64_t at = (int64_t)lane * p.columns + column[c];
         if (p.add_to) own[c] = before[c] + (own[c] + (p.bias ? __bfloat162float(p.bias[column[c]]) : 0.f));
         if (p.add_to && Fp32) ((float*)p.add_to)[at] = own[c];
@@ -135,25 +167,28 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     }
 }
 
-template <int N, bool Fp32> int run(const Linear& p, int swiglu, void* stream) {
+template <int N, bool Fp32> int run(const Linear& p, int kind, void* stream) {
     auto start = [&](auto kernel, int warps) {
         return launch(kernel, (warps + kWarps - 1) / kWarps, kThreads, (size_t)p.rows * p.inner * 2, stream, p);
     };
-    if (swiglu) return start(linear_kernel<N, Fp32, true, 2>, p.columns / 2);
-    if (N <= 2 && p.columns / 2 < kFewWarps) return start(linear_kernel<N, Fp32, false, 1>, p.columns);
-    return start(linear_kernel<N, Fp32, false, 2>, (p.columns + 1) / 2);
+    if (kind == kSwiglu) return start(linear_kernel<N, Fp32, kSwiglu, 2>, p.columns / 2);
+    if (kind == kConv) return start(linear_kernel<N, Fp32, kConv, 2>, p.columns / 2);
+    if (N <= 2 && p.columns / 2 < kFewWarps) return start(linear_kernel<N, Fp32, kPlain, 1>, p.columns);
+    return start(linear_kernel<N, Fp32, kPlain, 2>, (p.columns + 1) / 2);
 }
 
-extern "C" int decode_linear(const void* x, const void* weight, void* y, const void* norm_weight, float eps, void* add_to,
-                             const void* bias, int fp32_residual, int swiglu, int rows, int columns, int inner, void* stream) {
-    const Linear p{(const bf16*)x, (const bf16*)weight, (bf16*)y, (const bf16*)norm_weight, eps, add_to, (const bf16*)bias, rows,
-                   columns, inner};
-    if (inner % 8 || rows < 1 || rows > 4) return (int)cudaErrorInvalidValue;
+extern "C" int decode_linear(const void* x, const void* weight, void* y, int kind, const void* norm_weight, float eps, void* add_to,
+                             const void* bias, int fp32_residual, const void* taps, int tap_count, const int* slots, void* carry,
+                             int rows, int columns, int inner, void* stream) {
+    const Linear p{(const bf16*)x, (const bf16*)weight, (bf16*)y, (const bf16*)norm_weight, eps, add_to, (const bf16*)bias,
+                   (const bf16*)taps, tap_count, slots, (bf16*)carry, rows, columns, inner};
+    if (inner % 8 || rows < 1 || rows > 4 || kind > kConv || (kind == kConv && (tap_count < 2 || tap_count > kMostTaps)))
+        return (int)cudaErrorInvalidValue;
     auto start = [&](auto fp32) {
         constexpr bool Fp32 = decltype(fp32)::value;
-        if (rows == 1) return run<1, Fp32>(p, swiglu, stream);
-        if (rows == 2) return run<2, Fp32>(p, swiglu, stream);
-        return run<4, Fp32>(p, swiglu, stream);
+        if (rows == 1) return run<1, Fp32>(p, kind, stream);
+        if (rows == 2) return run<2, Fp32>(p, kind, stream);
+        return run<4, Fp32>(p, kind, stream);
     };
     return fp32_residual ? start(std::true_type{}) : start(std::false_type{});
 }

@@ -24,27 +24,28 @@ __global__ void embed_kernel(const int* tokens, const int* positions, const int*
     }
 }
 
-constexpr int kVectors = 4;                      // 16-byte vectors a thread: width up to 256 * 8 * 4
+constexpr int kMostVectors = 4;                  // 16-byte vectors a thread: width up to 256 * 8 * 4
 
-template <bool Fp32>
+template <bool Fp32, int Vectors>
 __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf16* out, const bf16* bias, const bf16* weight, bf16* y,
-                                                       float eps, int width) {
+                                                       float eps, int width, Ahead ahead) {
     __shared__ float space[32];
     let_next_start();
+    prefetch(ahead);
     const int64_t row = (int64_t)blockIdx.x * width;
-    float x[kVectors][8], square = 0.f;
-    uint4 w[kVectors], b[kVectors];
+    float x[Vectors][8], square = 0.f;
+    uint4 w[Vectors], b[Vectors];
     #pragma unroll
-    for (int n = 0; n < kVectors; ++n) {
-        const int i = threadIdx.x + n * 256;
+    for (int n = 0; n < Vectors; ++n) {
+        const int i = threadIdx.x + n * blockDim.x;
         w[n] = b[n] = make_uint4(0, 0, 0, 0);
         if (i * 8 < width) w[n] = ((const uint4*)weight)[i];
         if (i * 8 < width && bias) b[n] = ((const uint4*)bias)[i];
     }
     wait_for_previous();
     #pragma unroll
-    for (int n = 0; n < kVectors; ++n) {
-        const int i = (threadIdx.x + n * 256) * 8;
+    for (int n = 0; n < Vectors; ++n) {
+        const int i = (threadIdx.x + n * blockDim.x) * 8;
         if (i >= width) break;
         load8<Fp32>(residual, row + i, x[n]);
         if (out) {
@@ -60,8 +61,8 @@ __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf1
     }
     const float scale = rsqrtf(block_sum(square, space) / width + eps);
     #pragma unroll
-    for (int n = 0; n < kVectors; ++n) {
-        const int i = (threadIdx.x + n * 256) * 8;
+    for (int n = 0; n < Vectors; ++n) {
+        const int i = (threadIdx.x + n * blockDim.x) * 8;
         if (i >= width) break;
         float a[8];
         unpack(w[n], a);
@@ -71,8 +72,9 @@ __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf1
     }
 }
 
-__global__ void swiglu_kernel(const bf16* x, bf16* y, int64_t vectors, int width) {
+__global__ void swiglu_kernel(const bf16* x, bf16* y, int64_t vectors, int width, Ahead ahead) {
     let_next_start();
+    prefetch(ahead);
     wait_for_previous();
     const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= vectors) return;
@@ -93,13 +95,23 @@ extern "C" int decode_embed(const int* tokens, const int* positions, const int* 
 }
 
 extern "C" int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, const void* weight, void* y,
-                               float eps, int rows, int width, void* stream) {
-    if (width > 256 * 8 * kVectors) return (int)cudaErrorInvalidValue;
-    return launch(fp32_residual ? add_norm_kernel<true> : add_norm_kernel<false>, rows, 256, 0, stream, residual, (const bf16*)out,
-                  (const bf16*)bias, (const bf16*)weight, (bf16*)y, eps, width);
+                               float eps, int rows, int width, const void* ahead, int height, int pitch, int bytes,
+                               void* stream) {
+    const int vectors = (width + 2047) / 2048;
+    if (vectors > kMostVectors) return (int)cudaErrorInvalidValue;
+    const int threads = ((width + 8 * vectors - 1) / (8 * vectors) + 31) / 32 * 32;
+    auto run = [&](auto kernel) {
+        return launch(kernel, rows, threads, 0, stream, residual, (const bf16*)out, (const bf16*)bias, (const bf16*)weight, (bf16*)y,
+                      eps, width, Ahead{(const char*)ahead, height, pitch, bytes});
+    };
+    if (vectors == 1) return fp32_residual ? run(add_norm_kernel<true, 1>) : run(add_norm_kernel<false, 1>);
+    if (vectors == 2) return fp32_residual ? run(add_norm_kernel<true, 2>) : run(add_norm_kernel<false, 2>);
+    return fp32_residual ? run(add_norm_kernel<true, 4>) : run(add_norm_kernel<false, 4>);
 }
 
-extern "C" int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream) {
+extern "C" int decode_swiglu(const void* x, void* y, int64_t rows, int width, const void* ahead, int height, int pitch, int bytes,
+                             void* stream) {
     const int64_t vectors = rows * (width / 8);
-    return launch(swiglu_kernel, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, (bf16*)y, vectors, width);
+    return launch(swiglu_kernel, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, (bf16*)y, vectors, width,
+                  Ahead{(const char*)ahead, height, pitch, bytes});
 }

@@ -8,7 +8,7 @@
 #include "decode_common.cuh"
 using namespace decode;
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 1024;                   // 32 warps
 constexpr int kFewRows = 16, kParts = 8;         // rows that are shared by clusters, of this many blocks
 
 __device__ __forceinline__ uint64_t mix(uint64_t z) {              // the finaliser of splitmix64
@@ -30,14 +30,34 @@ __device__ __forceinline__ uint32_t order(float x) {
 }
 __device__ __forceinline__ uint16_t from_order(uint32_t x) { return x & 0x8000u ? x & 0x7fffu : ~x; }
 
-// Over a block, then over the parts of a row. Every thread gets the result; the blocks add in the same order.
-template <typename T, typename Join> __device__ __forceinline__ T over_row(T x, T* space, Join join) {
-    for (int d = 16; d; d /= 2) x = join(x, __shfl_xor_sync(~0u, x, d));
+// What some of a row's tokens have come to: the key of the largest logit, the sum of exp(logit - the largest), and the key of the
+// largest with noise. Keys are ordered values over inverted ids; 0 is below them all.
+struct Found {
+    uint64_t best, noisy;
+    float mass;
+};
+__device__ __forceinline__ uint64_t key(uint32_t ordered, int token) { return (uint64_t)ordered << 32 | (uint32_t)~token; }
+__device__ __forceinline__ float largest_of(const Found& x) { return value(from_order((uint32_t)(x.best >> 32))); }
+__device__ __forceinline__ Found joined(const Found& a, const Found& b) {
+    const Found& more = a.best > b.best ? a : b;
+    const float peak = largest_of(more);
+    auto share = [&](const Found& x) { return x.mass > 0.f ? x.mass * __expf(largest_of(x) - peak) : 0.f; };
+    return {more.best, a.noisy > b.noisy ? a.noisy : b.noisy, share(a) + share(b)};
+}
+__device__ __forceinline__ Found from_lane(const Found& x, int d) {
+    return {__shfl_xor_sync(~0u, x.best, d), __shfl_xor_sync(~0u, x.noisy, d), __shfl_xor_sync(~0u, x.mass, d)};
+}
+__device__ __forceinline__ float from_lane(float x, int d) { return __shfl_xor_sync(~0u, x, d); }
+__device__ __forceinline__ float joined(float a, float b) { return a + b; }
+
+// Over a block, then over the parts of a row. Every thread gets the result; the blocks join in the same order.
+template <typename T> __device__ __forceinline__ T over_row(T x, T* space) {
+    for (int d = 16; d; d /= 2) x = joined(x, from_lane(x, d));
     __syncthreads();
     if ((threadIdx.x & 31) == 0) space[threadIdx.x >> 5] = x;
     __syncthreads();
-    x = space[0];
-    for (int i = 1; i < kThreads / 32; ++i) x = join(x, space[i]);
+    x = space[threadIdx.x & 31];
+    for (int d = 16; d; d /= 2) x = joined(x, from_lane(x, d));
     const auto cluster = cooperative_groups::this_cluster();
     const int parts = cluster.num_blocks();
     if (parts == 1) return x;
@@ -45,7 +65,7 @@ template <typename T, typename Join> __device__ __forceinline__ T over_row(T x, 
     if (threadIdx.x == 0) space[0] = x;
     cluster.sync();
     x = *cluster.map_shared_rank(space, 0);
-    for (int i = 1; i < parts; ++i) x = join(x, *cluster.map_shared_rank(space, i));
+    for (int i = 1; i < parts; ++i) x = joined(x, *cluster.map_shared_rank(space, i));
     cluster.sync();
     return x;
 }
@@ -67,48 +87,47 @@ struct Sample {
 __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ Sample p) {
     extern __shared__ __align__(16) uint16_t logit[];
     __shared__ float space[32];
-    __shared__ uint64_t wide[32];
+    __shared__ Found found[32];
     let_next_start();
     wait_for_previous();
     const int parts = cooperative_groups::this_cluster().num_blocks(), part = blockIdx.x % parts;
     const int row = blockIdx.x / parts, slot = p.slots[row];
     if (slot < 0) return;
-    auto sum = [&](float x) { return over_row(x, space, [](float a, float b) { return a + b; }); };
-    auto maximum = [&](uint64_t x) { return over_row(x, wide, [](uint64_t a, uint64_t b) { return a > b ? a : b; }); };
     const uint4* from = (const uint4*)(p.logits + row * p.stride);
     const int each = ((p.vocab + 7) / 8 + parts - 1) / parts, first = part * each * 8;
     const int count = max(0, min(each * 8, p.vocab - first));         // of this part: tokens first + i, logits logit[i]
     for (int i = threadIdx.x; i < (count + 7) / 8; i += kThreads) ((uint4*)logit)[i] = from[part * each + i];
-    const float temperature = p.temperature[slot];
+    const float temperature = p.temperature[slot], share = p.top_p[slot], inverse = 1.f / temperature;
     const int k = p.top_k[slot], position = p.positions[slot] + p.advance;
+    const uint64_t base = mix((uint64_t)p.seeds[slot] ^ mix((uint64_t)position + 0x9E3779B97F4A7C15ull));
+    const bool random = temperature > 0.f, chosen_from_few = random && ((k > 0 && k < p.vocab) || share < 1.f);
     __syncthreads();
-    uint64_t best = 0;
+    auto noisy = [&](int i) { return key(order(value(logit[i]) * inverse + gumbel(base, first + i)), first + i); };
+    Found own{};
+    for (int i = threadIdx.x; i < count; i += kThreads) own.best = max(own.best, key(order(logit[i]), first + i));
+    const float peak = largest_of(own);
     for (int i = threadIdx.x; i < count; i += kThreads) {
-        const uint64_t key = (uint64_t)order(logit[i]) << 32 | (uint32_t)~(first + i);
-        best = key > best ? key : best;
+        own.mass += __expf(value(logit[i]) - peak);
+        if (random && !chosen_from_few) own.noisy = max(own.noisy, noisy(i));
     }
-    best = maximum(best);
-    const float largest = value(from_order((uint32_t)(best >> 32)));
-    float mass = 0.f;
-    for (int i = threadIdx.x; i < count; i += kThreads) mass += __expf(value(logit[i]) - largest);
-    mass = sum(mass);
-    if (temperature > 0.f) {
-        const float inverse = 1.f / temperature, share = p.top_p[slot];
+    Found all = over_row(own, found);
+    const float largest = largest_of(all);
+    if (chosen_from_few) {
         uint32_t least = 0;                                        // tokens whose key is at least this are kept
         if (k > 0 && k < p.vocab) {
             for (int bit = 15; bit >= 0; --bit) {
                 const uint32_t trial = least | 1u << bit;
                 float above = 0.f;
                 for (int i = threadIdx.x; i < count; i += kThreads) above += order(logit[i]) >= trial;
-                if (sum(above) >= k) least = trial;
+                if (over_row(above, space) >= k) least = trial;
             }
         }
         if (share < 1.f) {
             auto above = [&](uint32_t bound) {
-                float own = 0.f;
+                float part = 0.f;
                 for (int i = threadIdx.x; i < count; i += kThreads)
-                    if (order(logit[i]) >= bound) own += __expf((value(logit[i]) - largest) * inverse);
-                return sum(own);
+                    if (order(logit[i]) >= bound) part += __expf((value(logit[i]) - largest) * inverse);
+                return over_row(part, space);
             };
             const float wanted = share * above(least);
             uint32_t bound = 0;
@@ -116,21 +135,15 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
                 if (above(bound | 1u << bit) >= wanted) bound |= 1u << bit;
             least = max(least, bound);
         }
-        const uint64_t base = mix((uint64_t)p.seeds[slot] ^ mix((uint64_t)position + 0x9E3779B97F4A7C15ull));
-        best = 0;
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-            if (order(logit[i]) < least) continue;
-            const uint64_t key = (uint64_t)order((value(logit[i]) - largest) * inverse + gumbel(base, first + i)) << 32
-                                 | (uint32_t)~(first + i);
-            best = key > best ? key : best;
-        }
-        best = maximum(best);
+        for (int i = threadIdx.x; i < count; i += kThreads)
+            if (order(logit[i]) >= least) own.noisy = max(own.noisy, noisy(i));
+        all = over_row(own, found);
     }
-    const int token = (int)~(uint32_t)best;
+    const int token = (int)~(uint32_t)(random ? all.noisy : all.best);
     if (threadIdx.x == 0 && token >= first && token < first + count) {
         p.tokens[slot] = p.chosen[row] = token;
         p.positions[slot] = position;
-        p.logprob[row] = value(logit[token - first]) - largest - __logf(mass);
+        p.logprob[row] = value(logit[token - first]) - largest - __logf(all.mass);
     }
 }
 

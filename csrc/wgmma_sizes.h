@@ -7,6 +7,23 @@
 namespace taylor {
 template <int N> struct Wgmma;
 
+template <> struct Wgmma<8> {
+    template <int Trans>
+    static __device__ __forceinline__ void rs(float (&d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %9, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, %10;}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(Trans));
+    }
+    template <int TransA = 0, int TransB = 0>
+    static __device__ __forceinline__ void ss(float (&d)[4], uint64_t a, uint64_t b, int add) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3}, %4, %5, p, 1, 1, %7, %8;}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "l"(a), "l"(b), "r"(add), "n"(TransA), "n"(TransB));
+    }
+};
+
 template <> struct Wgmma<16> {
     template <int Trans>
     static __device__ __forceinline__ void rs(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int add) {

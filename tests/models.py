@@ -24,14 +24,17 @@ class Letters:
         return "".join(chr(i + 32) for i in ids)
 
 
-def tiny_generator() -> Any:
-    """A generator with the small model, random, in one process."""
+def tiny_generator(device: str = "cpu") -> Any:
+    """A generator with the small model, random, in one process; on a GPU in bf16 and of a size the kernels take."""
     from based_mp.inference.generate import Generator
     from based_mp.inference.model import InferenceModel
     from based_mp.model.based_model import build_model
     from based_mp.parallel import state
-    state.initialize(device="cpu", seed=3)
+    state.initialize(device=device, seed=3)
     config = tiny_config(model={"init_std": 0.2})
+    if device != "cpu":
+        config = tiny_config(model={"init_std": 0.06, "d_model": 256, "feature_dim": 16, "ffn_hidden_size": 512},
+                             training={"device": device, "precision": "bf16"})
     return Generator(InferenceModel(build_model(config).eval(), config.model), Letters())
 
 

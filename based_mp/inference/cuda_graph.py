@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from based_mp.inference.model import InferenceModel
-from based_mp.inference.state import StatePool
+from based_mp.inference.state import StatePool, to_device
 
 # Batch sizes that graphs are captured for; a step runs in the smallest that holds its rows.
 SIZES = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
@@ -33,9 +33,7 @@ class Decoder:
         if self.model.ops.PADS_ROWS:
             self.size = min(next((n for n in SIZES if n >= self.count), self.count), self.pool.slots)
         rows = torch.tensor(slots + [-1] * (self.size - self.count), dtype=torch.int32)
-        if self.slots.is_cuda:
-            rows = rows.pin_memory()
-        self.slots[: self.size].copy_(rows, non_blocking=True)
+        self.slots[: self.size] = to_device(rows, self.slots.device)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Chosen tokens int32 and their log probabilities fp32 [rows], overwritten by the next step."""

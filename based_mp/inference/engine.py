@@ -12,7 +12,7 @@ from based_mp.errors import UserError
 from based_mp.inference.cuda_graph import Decoder
 from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
-from based_mp.inference.state import SequenceState, StatePool
+from based_mp.inference.state import SequenceState, StatePool, to_device
 
 LAG = 2                          # steps the host stays behind the GPU, so that neither waits for the other
 
@@ -42,6 +42,19 @@ class _Launched:
     tokens: Tensor
     logprobs: Tensor
     ready: torch.cuda.Event | None
+
+
+def _leaders(sequences: list[Sequence]) -> list[int]:
+    """For each sequence the first one with its state and prompt."""
+    alike: dict[tuple, list[int]] = {}                 # long prompts are compared only where their ends are the same
+    leaders = []
+    for i, sequence in enumerate(sequences):
+        seen = alike.setdefault((id(sequence.state), len(sequence.prompt), *sequence.prompt[-16:]), [])
+        leader = next((j for j in seen if sequences[j].prompt == sequence.prompt), i)
+        if leader == i:
+            seen.append(i)
+        leaders.append(leader)
+    return leaders
 
 
 class Engine:
@@ -149,7 +162,7 @@ class Engine:
         slots, options = [s.slot for s in admitted], [s.sampling for s in admitted]
         self.pool.set_sampling(slots, [o.temperature for o in options], [o.top_k or 0 for o in options],
                                [1.0 if o.top_p is None else o.top_p for o in options], [o.seed for o in options])
-        rows = torch.tensor(slots, dtype=torch.int32, device=self.model.device)
+        rows = to_device(torch.tensor(slots, dtype=torch.int32), self.model.device)
         self.running += admitted
         self._launch(admitted, *self.model.ops.sample(logits, self.pool, rows, 0))
 
@@ -158,12 +171,11 @@ class Engine:
 
         What is given several times runs once and is copied.
         """
-        first: dict[tuple, int] = {}
-        same = [first.setdefault((id(s.state), *s.prompt), i) for i, s in enumerate(sequences)]
+        same = _leaders(sequences)
         self.pool.reset([s.slot for s in sequences])
         after: list[Tensor | None] = [None] * len(sequences)
         left = []                                      # (sequence, tokens to run, tokens seen)
-        for i in first.values():
+        for i in dict.fromkeys(same):
             sequence = sequences[i]
             seen, prompt = 0, sequence.prompt
             if sequence.state is not None:

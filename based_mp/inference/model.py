@@ -6,6 +6,8 @@ layers are: column-parallel into a mixer or MLP, row-parallel and a sum over the
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +21,18 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from based_mp.config import ModelConfig
-from based_mp.inference.state import StatePool
+from based_mp.inference.state import StatePool, to_device
 from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
+from based_mp.ops.decode_torch import Pending
 from based_mp.ops.fused.rotary_attention import rope_frequency
 from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.ops.window_attention import causal_attention
+
+# A residual stream before a norm, as the operations of `based_mp.ops.decode_torch` take it: the stream [n, d_model],
+# what it has still to take in, the norm's weights and epsilon.
+Stream = tuple[Tensor, Any, Tensor, float]
 
 
 @dataclass
@@ -47,15 +54,15 @@ class Pack:
                  frequency: Tensor, ops: object) -> None:
         device = pool.positions.device
         self.pool, self.starts, self.lengths, self.fresh = pool, starts, lengths, not any(starts)
-        self.slot_list, self.slots = slots, torch.tensor(slots, device=device)
+        self.slot_list, self.slots = slots, to_device(slots, device)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
-        self.bounds = bounds.to(device, torch.int32)
-        self.last = (bounds[1:] - 1).to(device)                       # last token of every piece
+        self.bounds = to_device(bounds.int(), device)
+        self.last = to_device(bounds[1:] - 1, device)                 # last token of every piece
         self._ends = torch.tensor(starts) + torch.tensor(lengths)
         self._document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         self._positions = (torch.tensor(starts) - bounds[:-1])[self._document] + torch.arange(int(bounds[-1]))
-        self.ends = self._ends.to(device, torch.int32)                # tokens every slot has seen after the pack
-        self.rotation = ops.rotations(self._positions.to(device), frequency)
+        self.ends = to_device(self._ends.int(), device)               # tokens every slot has seen after the pack
+        self.rotation = ops.rotations(to_device(self._positions, device), frequency)
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +71,7 @@ class Pack:
             tokens = (self._ends[self._document] - self._positions <= capacity).nonzero()[:, 0]
             slots = torch.tensor(self.slot_list)[self._document[tokens]]
             kept = (tokens, slots, self._positions[tokens] % capacity)
-            self._kept[capacity] = tuple(t.to(self.slots.device) for t in kept)
+            self._kept[capacity] = tuple(to_device(t, self.slots.device) for t in kept)
         return self._kept[capacity]
 
 
@@ -79,10 +86,12 @@ class ConvMixer:
         channels, taps = self.conv.shape
         return {"carry": self.conv.new_zeros(slots, taps - 1, channels)}
 
-    def step(self, x: Tensor, rows: Rows, carry: Tensor) -> Tensor:
-        return self.ops.conv_step(x, self.bias, self.conv, rows.slots, carry)
+    def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Tensor:
+        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry,
+                                       self.linear_out)
 
-    def prefill(self, x: Tensor, pack: Pack, carry: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, carry[pack.slots])
         return y
 
@@ -105,10 +114,12 @@ class TaylorMixer:
         return {"kv": torch.zeros(slots, self.heads, features, self.head_dim, **empty),
                 "z": torch.zeros(slots, self.heads, features, **empty)}
 
-    def step(self, x: Tensor, rows: Rows, kv: Tensor, z: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, kv: Tensor, z: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         return self.ops.taylor_step_(x, rows.slots, kv, z, self.decay, self.feature_dim)
 
-    def prefill(self, x: Tensor, pack: Pack, kv: Tensor, z: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         f, heads = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None if pack.fresh else TaylorState(kv[pack.slots], z[pack.slots])
         o, after = taylor_linear_attention(heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :], decay=self.decay,
@@ -130,10 +141,12 @@ class SoftmaxMixer:
         shape = (slots, self.heads, length if self.window is None else self.window, self.padded)
         return {"keys": self.linear_in.new_zeros(shape), "values": self.linear_in.new_zeros(shape)}
 
-    def step(self, x: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         return self.ops.attention_step(x, rows.slots, rows.pool.positions, rows.rotation, keys, values, self.head_dim)
 
-    def prefill(self, x: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+        x = self.ops.norm_linear(*stream, self.linear_in)
         q, k, v = self.ops.rope_run(x, pack.rotation, self.heads, self.head_dim, self.padded)
         if pack.fresh:
             longest = max(pack.lengths)
@@ -158,7 +171,7 @@ class SoftmaxMixer:
             for part, buffer, own in zip(parts, (keys, values), new, strict=True):
                 part += [buffer[slot][:, ring].transpose(0, 1), own]
         totals = [n + own for n, own in zip(history, pack.lengths, strict=True)]
-        bounds = torch.tensor([0, *totals]).cumsum(0).to(q.device, torch.int32)
+        bounds = to_device(torch.tensor([0, *totals]).cumsum(0).int(), q.device)
         return causal_attention(q[None], torch.cat(parts[0])[None], torch.cat(parts[1])[None], window=self.window,
                                 cu_seqlens=pack.bounds, cu_seqlens_k=bounds,
                                 longest=(max(pack.lengths), max(totals)))
@@ -167,21 +180,24 @@ class SoftmaxMixer:
 class ModuleMixer:
     """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
 
-    def __init__(self, module: RowMixer, dtype: torch.dtype) -> None:
-        self.module, self.dtype, self.linear_out, self.out_bias = module, dtype, module.linear_out.weight, None
+    def __init__(self, module: RowMixer, ops: object, dtype: torch.dtype) -> None:
+        self.module, self.ops, self.dtype = module, ops, dtype
+        self.linear_out, self.out_bias = module.linear_out.weight, None
 
-    def project(self, x: Tensor) -> Tensor:
-        return self.module.project(x[None])[0]
+    def _project(self, stream: Stream) -> Tensor:
+        return self.module.project(self.ops.add_norm(*stream)[None])[0]
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         state = self.module.init_state(slots, self.linear_out.device, self.dtype, length)
         self.kind = type(state)
         return vars(state)
 
-    def step(self, x: Tensor, rows: Rows, **buffers: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, **buffers: Tensor) -> Tensor:
+        x = self._project(stream)
         return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers)
 
-    def prefill(self, x: Tensor, pack: Pack, **buffers: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, **buffers: Tensor) -> Tensor:
+        x = self._project(stream)
         return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
                              buffers)
 
@@ -234,7 +250,7 @@ class InferenceModel:
         elif kind == "linear_attention":
             mixer = TaylorMixer(own, self.ops, self.config, self.tp_rank, self.tp_size)
         elif isinstance(module, RowMixer):
-            mixer = ModuleMixer(module, self.dtype)
+            mixer = ModuleMixer(module, self.ops, self.dtype)
         else:
             window = self.config.window if kind == "sliding_attention" else None
             mixer = SoftmaxMixer(own, self.ops, self.config, window, self.tp_size)
@@ -253,7 +269,8 @@ class InferenceModel:
         residual, rotation = self.ops.embed_step(pool, slots, self.embedding, self._first_id, self.residual_dtype,
                                                  self.frequency)
         rows = Rows(pool, slots, rotation)
-        return self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.step(x, rows, **state))
+        return self._run(self._sum(residual), pool,
+                         lambda layer, stream, state: layer.mixer.step(stream, rows, **state))
 
     @torch.no_grad()
     def prefill(self, pool: StatePool, tokens: list[list[int]], slots: list[int], starts: list[int], *,
@@ -262,10 +279,12 @@ class InferenceModel:
 
         starts: tokens that each slot has seen. every: logits after every token [all tokens, padded vocab] instead.
         """
-        ids = torch.tensor([token for piece in tokens for token in piece], device=self.device)
+        flat = array("q", itertools.chain.from_iterable(tokens))      # torch.tensor takes three times as long
+        ids = to_device(torch.frombuffer(flat, dtype=torch.int64), self.device)
         pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.frequency, self.ops)
         residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
-        logits = self._run(self._sum(residual), pool, lambda layer, x, state: layer.mixer.prefill(x, pack, **state),
+        logits = self._run(self._sum(residual), pool,
+                           lambda layer, stream, state: layer.mixer.prefill(stream, pack, **state),
                            None if every else pack.last)
         pool.positions[pack.slots] = pack.ends
         return logits
@@ -274,26 +293,27 @@ class InferenceModel:
     def _first_id(self) -> int:
         return self.tp_rank * self.embedding.shape[0]
 
-    def _run(self, residual: Tensor, pool: StatePool, mix: object, last: Tensor | None = None) -> Tensor:
-        ops, eps, out, bias = self.ops, self.config.norm_eps, None, None
-        for layer, state in zip(self.layers, pool.buffers, strict=True):
-            if isinstance(layer.mixer, ModuleMixer):
-                x = layer.mixer.project(ops.add_norm(residual, out, bias, layer.norm, eps))
-            else:
-                x = ops.norm_linear(residual, out, bias, layer.norm, eps, layer.mixer.linear_in)
-            out, bias = self._out(mix(layer, x, state), layer.mixer.linear_out, layer.mixer.out_bias, residual)
-            if layer.fc1 is not None:
-                x = ops.norm_linear(residual, out, bias, layer.mlp_norm, eps, layer.fc1, swiglu=True)
-                out, bias = self._out(x, layer.fc2, None, residual)
+    def _run(self, residual: Tensor, pool: StatePool, mix: Callable[[Layer, Stream, dict[str, Tensor]], Tensor],
+             last: Tensor | None = None) -> Tensor:
+        ops, eps, pending = self.ops, self.config.norm_eps, None
+        after = [layer.norm for layer in self.layers[1:]] + [self.norm]
+        for layer, state, next_norm in zip(self.layers, pool.buffers, after, strict=True):
+            mlp = layer.fc1 is not None
+            x = mix(layer, (residual, pending, layer.norm, eps), state)
+            pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
+                                layer.mlp_norm if mlp else next_norm)
+            if mlp:
+                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True, then=layer.fc2)
+                pending = self._out(x, layer.fc2, None, residual, next_norm)
         if last is not None:
-            residual, out = residual[last], None if out is None else out[last]
-        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, out, bias, self.norm, eps, self.head))
+            residual, pending = residual[last], None if pending is None else pending[last]
+        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, pending, self.norm, eps, self.head))
 
-    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, ...]:
-        """What the next norm adds to the residual stream, and its bias."""
+    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Any:
+        """A layer's result on its way into the residual stream: what the next norm takes as pending."""
         if self.tp_size == 1:
-            return self.ops.linear_add(x, weight, bias, residual)
-        return self._sum(self.ops.linear(x, weight)), bias
+            return self.ops.linear_add(x, weight, bias, residual, next_norm)
+        return Pending(self._sum(self.ops.linear(x, weight)), bias)
 
     def _sum(self, x: Tensor) -> Tensor:
         return reduce_from_tensor_model_parallel_region(x) if self.tp_size > 1 else x

@@ -15,6 +15,12 @@ from based_mp.errors import UserError
 RINGS = ("keys", "values", "past")
 
 
+def to_device(x: Tensor | list[int], device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for, as a plain copy would for all that was launched before."""
+    x = torch.as_tensor(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass
 class SequenceState:
     """Everything generation needs of the tokens seen so far: it can be kept, saved, and continued any number of times.
@@ -58,7 +64,7 @@ class StatePool:
 
     def reset(self, slots: list[int]) -> None:
         """Make these slots empty. Rings need nothing: positions say what of them is valid."""
-        index = torch.tensor(slots, device=self.positions.device)
+        index = to_device(slots, self.positions.device)
         self.positions[index] = 0
         for layer in self.buffers:
             for name, buffer in layer.items():
@@ -67,14 +73,14 @@ class StatePool:
 
     def set_sampling(self, slots: list[int], temperature: list[float], top_k: list[int], top_p: list[float],
                      seeds: list[int]) -> None:
-        index = torch.tensor(slots, device=self.positions.device)
+        index = to_device(slots, self.positions.device)
         for buffer, values in ((self.temperature, temperature), (self.top_k, top_k), (self.top_p, top_p),
                                (self.seeds, seeds)):
-            buffer[index] = torch.tensor(values, dtype=buffer.dtype, device=buffer.device)
+            buffer[index] = to_device(torch.tensor(values, dtype=buffer.dtype), buffer.device)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Fork: give every target slot the state of its source."""
-        source, target = (torch.tensor(slots, device=self.positions.device) for slots in (sources, targets))
+        source, target = (to_device(slots, self.positions.device) for slots in (sources, targets))
         self.positions[target] = self.positions[source]
         for layer in self.buffers:
             for buffer in layer.values():

@@ -7,6 +7,7 @@ Nothing waits for the device, so everything here can be captured in CUDA graphs.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops.backends import extension
-from based_mp.ops.decode_torch import conv_run, embed, rotations
+from based_mp.ops.decode_torch import Pending, conv_run, embed, rotations
 
-__all__ = ["attention_step", "conv_run", "conv_step", "embed", "embed_step", "linear", "linear_add", "norm_linear",
+__all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linear_add", "norm_conv_step", "norm_linear",
            "rope_run", "rotations", "sample", "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
-MAX_ROWS_LINEAR = 4              # rows that decode_linear takes, norm, SwiGLU and residual inside; cuBLAS from there on
-SPLIT_BLOCKS = 924               # blocks of decode_attention that an H100 runs at once, seven on each multiprocessor
+# Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
+# MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond.
+FEW_ROWS, MOST_ROWS = 4, 64
+PLAIN, SWIGLU, CONV, ADD = range(4)                 # kinds of products
+COLUMNS, CHUNK = 64, 64          # of the weights in a block of decode_product
+BLOCKS = 100                     # that it has at least, where the inner dimension can be cut
+AHEAD = 8 * 2**20                # bytes of the next weights that a small kernel sends to L2: what fits in its time
+SPLIT_BLOCKS = 528               # blocks of decode_attention that an H100 runs at once, four on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
 
@@ -44,65 +51,136 @@ def embed_step(pool: Any, slots: Tensor, table: Tensor, first: int, residual_dty
     return residual, rotation
 
 
-def _add_norm(residual: Tensor, out: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)
-    extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(weight),
-                                _at(y), eps, *residual.shape, _stream())
+def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float,
+              then: Tensor | None = None) -> Tensor:
+    y = torch.empty(residual.shape, dtype=norm_weight.dtype, device=residual.device)
+    out, bias = (None, None) if pending is None else (pending.out, pending.bias)
+    extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(norm_weight),
+                                _at(y), eps, *residual.shape, *_ahead(then), _stream())
     return y
 
 
-def _few_rows(x: Tensor, weight: Tensor, y: Tensor | None, *, norm: Tensor | None = None, eps: float = 0.0,
-              add_to: Tensor | None = None, bias: Tensor | None = None, swiglu: bool = False) -> None:
+@dataclass
+class Scaled:
+    """The residual stream, nothing pending, times the weights of the norm that reads it next: x bf16 [n, d_model].
+
+    squares: sums of its squares over parts of d_model, fp32 [parts, n], for the norm's factor.
+    """
+
+    x: Tensor
+    squares: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Scaled:
+        return Scaled(self.x[rows], self.squares[:, rows])
+
+
+def _splits(columns: int, inner: int) -> int:
+    """Parts of the inner dimension in `decode_product`: not of the rows, so that a row's result depends on no other."""
+    splits = 1
+    while splits < 8 and splits * -(-columns // COLUMNS) < BLOCKS and inner >= 2 * splits * CHUNK:
+        splits *= 2
+    return splits
+
+
+def _ahead(weight: Tensor | None) -> tuple[int, int, int, int]:
+    """Weights of the next product as the small kernels take them: bytes of each row that they send to L2."""
+    if weight is None:
+        return 0, 0, 0, 0
+    height, inner = weight.shape
+    return _at(weight), height, inner * 2, min(inner * 2, AHEAD // height // 16 * 16)
+
+
+def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = None, eps: float = 0.0,
+             residual: Tensor | None = None, bias: Tensor | None = None, next_norm: Tensor | None = None,
+             taps: Tensor | None = None, slots: Tensor | None = None, carry: Tensor | None = None) -> Any:
+    (rows, inner), columns = x.shape, weight.shape[0]
+    paired = kind in (SWIGLU, CONV)
+    width = columns // 2 if paired else columns
+    y, sums = weight.new_empty(rows, width), None
+    if kind == ADD:
+        sums = torch.empty(-(-width // COLUMNS), rows, dtype=torch.float32, device=x.device)
+    extension().decode_product(_at(x), _at(weight), _at(y), kind, rows, width, inner, _splits(columns, inner),
+                               _at(squares), 0 if squares is None else squares.shape[0], eps,
+                               _at(residual), residual is not None and residual.dtype == torch.float32, _at(bias),
+                               _at(next_norm), _at(sums), _at(taps), 0 if taps is None else taps.shape[1],
+                               _at(slots), _at(carry), _stream())
+    return y if sums is None else Scaled(y, sums)
+
+
+def _few_rows(x: Tensor, weight: Tensor, y: Tensor | None, kind: int = PLAIN, *, norm: Tensor | None = None,
+              eps: float = 0.0, add_to: Tensor | None = None, bias: Tensor | None = None, taps: Tensor | None = None,
+              slots: Tensor | None = None, carry: Tensor | None = None) -> None:
     residual = x if norm is not None else add_to
     fp32 = residual is not None and residual.dtype == torch.float32
-    extension().decode_linear(_at(x), _at(weight), _at(y), _at(norm), eps, _at(add_to), _at(bias), fp32, swiglu,
-                              x.shape[0], *weight.shape, _stream())
+    extension().decode_linear(_at(x), _at(weight), _at(y), kind, _at(norm), eps, _at(add_to), _at(bias), fp32,
+                              _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry), x.shape[0],
+                              *weight.shape, _stream())
 
 
-def norm_linear(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_weight: Tensor, eps: float,
-                weight: Tensor, *, swiglu: bool = False) -> Tensor:
+def _normed_product(kind: int, residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float,
+                    weight: Tensor, **conv: Tensor) -> Tensor | None:
+    """The norm, the product and what `kind` says in one kernel or two; None for more rows than it is made for."""
     rows, columns = residual.shape[0], weight.shape[0]
-    if rows <= MAX_ROWS_LINEAR:
-        y = weight.new_empty(rows, columns // 2 if swiglu else columns)
-        if out is None:
-            _few_rows(residual, weight, y, norm=norm_weight, eps=eps, swiglu=swiglu)
-        else:
-            _few_rows(_add_norm(residual, out, bias, norm_weight, eps), weight, y, swiglu=swiglu)
+    if rows > MOST_ROWS:
+        return None
+    if rows > FEW_ROWS or isinstance(pending, Scaled):
+        x, squares = (pending.x, pending.squares) if isinstance(pending, Scaled) else \
+            (_add_norm(residual, pending, norm_weight, eps), None)
+        return _product(kind, x, weight, squares=squares, eps=eps, **conv)
+    y = weight.new_empty(rows, columns if kind == PLAIN else columns // 2)
+    if pending is None:
+        _few_rows(residual, weight, y, kind, norm=norm_weight, eps=eps, **conv)
+    else:
+        _few_rows(_add_norm(residual, pending, norm_weight, eps), weight, y, kind, **conv)
+    return y
+
+
+def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
+                swiglu: bool = False, then: Tensor | None = None) -> Tensor:
+    y = _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, norm_weight, eps, weight)
+    if y is not None:
         return y
-    return _many_rows(_add_norm(residual, out, bias, norm_weight, eps), weight, swiglu=swiglu)
-
-
-def _many_rows(x: Tensor, weight: Tensor, *, swiglu: bool = False) -> Tensor:
-    x = F.linear(x, weight)
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps, weight), weight)
     if not swiglu:
         return x
     rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
-    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
+    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, *_ahead(then), _stream())
+    return y
+
+
+def norm_conv_step(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor,
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor, then: Tensor | None = None) -> Tensor:
+    y = _normed_product(CONV, residual, pending, norm_weight, eps, weight, bias=bias, taps=conv, slots=slots,
+                        carry=carry)
+    if y is not None:
+        return y
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps, weight), weight)
+    rows, (channels, taps) = x.shape[0], conv.shape
+    y = x.new_empty(rows, channels)
+    extension().decode_conv(_at(x), _at(bias), _at(conv), _at(slots), _at(carry), _at(y), rows, channels, taps,
+                            *_ahead(then), _stream())
     return y
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    if x.shape[0] > MAX_ROWS_LINEAR:
-        return _many_rows(x, weight)
+    if x.shape[0] > MOST_ROWS:
+        return F.linear(x, weight)
+    if x.shape[0] > FEW_ROWS:
+        return _product(PLAIN, x, weight)
     y = weight.new_empty(x.shape[0], weight.shape[0])
     _few_rows(x, weight, y)
     return y
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if x.shape[0] > MAX_ROWS_LINEAR:
-        return _many_rows(x, weight), bias
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
+               next_norm: Tensor) -> Pending | Scaled | None:
+    if x.shape[0] > MOST_ROWS:
+        return Pending(F.linear(x, weight), bias)
+    if x.shape[0] > FEW_ROWS:
+        return _product(ADD, x, weight, residual=residual, bias=bias, next_norm=next_norm)
     _few_rows(x, weight, None, add_to=residual, bias=bias)
-    return None, None
-
-
-def conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
-    rows, (channels, taps) = x.shape[0], weight.shape
-    y = x.new_empty(rows, channels)
-    extension().decode_conv(_at(x), _at(bias), _at(weight), _at(slots), _at(carry), _at(y), rows, channels, taps,
-                            _stream())
-    return y
+    return None
 
 
 def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor | None, feature_dim: int) -> Tensor:

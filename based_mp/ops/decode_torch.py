@@ -7,6 +7,7 @@ the slot of each row; buffers are changed in place.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,30 +41,53 @@ def rotations(positions: Tensor, frequency: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def add_norm(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_weight: Tensor, eps: float) -> Tensor:
-    """residual += out + bias; RMSNorm(residual)."""
-    if out is not None:
-        residual += out if bias is None else out + bias
+@dataclass
+class Pending:
+    """What the residual stream has still to take in: out [n, d_model] + bias."""
+
+    out: Tensor
+    bias: Tensor | None
+
+    def __getitem__(self, rows: Tensor) -> Pending:
+        return Pending(self.out[rows], self.bias)
+
+
+def add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
+    """The residual stream takes in what is pending; RMSNorm of it."""
+    if pending is not None:
+        residual += pending.out if pending.bias is None else pending.out + pending.bias
     return F.rms_norm(residual, residual.shape[-1:], norm_weight.to(residual.dtype), eps).to(norm_weight.dtype)
 
 
-def norm_linear(residual: Tensor, out: Tensor | None, bias: Tensor | None, norm_weight: Tensor, eps: float,
-                weight: Tensor, *, swiglu: bool = False) -> Tensor:
-    """residual += out + bias; RMSNorm(residual) weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value."""
-    y = F.linear(add_norm(residual, out, bias, norm_weight, eps), weight)
+def norm_linear(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
+                swiglu: bool = False, then: Tensor | None = None) -> Tensor:
+    """`add_norm`, times weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value.
+
+    then: weights of the product that reads the result, for kernels to bring near meanwhile.
+    """
+    y = F.linear(add_norm(residual, pending, norm_weight, eps), weight)
     if not swiglu:
         return y
     gate, value = y.chunk(2, -1)
     return F.silu(gate) * value
 
 
+def norm_conv_step(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor,
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor, then: Tensor | None = None) -> Tensor:
+    """`norm_linear`, then `conv_step` on its result; then: as in `norm_linear`."""
+    return conv_step(norm_linear(residual, pending, norm_weight, eps, weight), bias, conv, slots, carry)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """x weightᵀ + bias on its way to the residual stream: already there (None, None), or for `norm_linear` to add."""
-    return F.linear(x, weight), bias
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Pending:
+    """x weightᵀ + bias on its way into the residual stream; next_norm: weights of the norm that reads the stream next.
+
+    Returns what that norm has to be given as `pending`: nothing where it is there already.
+    """
+    return Pending(F.linear(x, weight), bias)
 
 
 def conv_step(x: Tensor, bias: Tensor, weight: Tensor, slots: Tensor, carry: Tensor) -> Tensor:

@@ -40,36 +40,54 @@ def error(x, ref):
     return ((x.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 30, 50, 128, 300])
+def double(pending):
+    if pending is None:
+        return None
+    return decode_torch.Pending(pending.out.double(), None if pending.bias is None else pending.bias.double())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 30, 50, 100, 128, 200, 300])
 def test_norms_and_products(cuda, rows):
     """A wide layer, whose products are split over clusters, and a narrow one that fills no tile."""
-    for d, f, residual in ((1792, 3584, torch.bfloat16), (72, 200, torch.bfloat16), (72, 200, torch.float32)):
-        x, out, bias, norm = randn(rows, d, dtype=residual), randn(rows, d), randn(d), randn(d).abs()
-        fc1, fc2 = randn(2 * f, d) / d**0.5, randn(d, f) / f**0.5
-        for pending in ((None, None), (out, None), (out, bias)):
+    for d, f, dtype in ((1792, 3584, torch.bfloat16), (72, 200, torch.bfloat16), (72, 200, torch.float32)):
+        x, out, bias, norm = randn(rows, d, dtype=dtype), randn(rows, d), randn(d), randn(d).abs()
+        fc1, fc2, y = randn(2 * f, d) / d**0.5, randn(d, f) / f**0.5, randn(rows, f)
+        for before in (None, decode_torch.Pending(out, None), decode_torch.Pending(out, bias)):
             for swiglu in (False, True):
                 a, b = x.clone(), x.double()
-                y = cuda.norm_linear(a, *pending, norm, 1e-5, fc1, swiglu=swiglu)
-                ref = decode_torch.norm_linear(b, *(None if p is None else p.double() for p in pending),
-                                               norm.double(), 1e-5, fc1.double(), swiglu=swiglu)
-                assert error(y, ref) < 8e-3 and error(a, b) < 4e-3
-        y, added = randn(rows, f), x.clone()
+                got = cuda.norm_linear(a, before, norm, 1e-5, fc1, swiglu=swiglu)
+                ref = decode_torch.norm_linear(b, double(before), norm.double(), 1e-5, fc1.double(), swiglu=swiglu)
+                assert error(got, ref) < 8e-3 and error(a, b) < 4e-3
         assert error(cuda.linear(y, fc2), y.double() @ fc2.double().T) < 4e-3
-        product, left = cuda.linear_add(y, fc2, bias, added)
-        if product is None:
-            assert left is None and rows <= cuda.MAX_ROWS_LINEAR
-            assert error(added, x.double() + y.double() @ fc2.double().T + bias.double()) < 4e-3
-        else:
-            assert torch.equal(added, x) and error(product, y.double() @ fc2.double().T) < 4e-3
+        for own in (None, bias):
+            a, b = x.clone(), x.double()
+            pending = cuda.linear_add(y, fc2, own, a, norm)
+            kind = type(None) if rows <= cuda.FEW_ROWS else cuda.Scaled if rows <= cuda.MOST_ROWS else cuda.Pending
+            assert isinstance(pending, kind)
+            ref = decode_torch.linear_add(y.double(), fc2.double(), None if own is None else own.double(), b, norm)
+            got = cuda.norm_linear(a, pending, norm, 1e-5, fc1)
+            assert error(got, decode_torch.norm_linear(b, ref, norm.double(), 1e-5, fc1.double())) < 8e-3
+            assert error(a, b) < 4e-3
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])
-def test_convolution(cuda, slots, taps):
-    (rows, real), c = slots, 128
-    bias, weight, carry = randn(2 * c), randn(c, taps), randn(6, taps - 1, c)
-    x, a, b = randn(4, 2 * c), carry.clone(), carry.clone()
-    y, ref = cuda.conv_step(x, bias, weight, rows, a), decode_torch.conv_step(x[real], bias, weight, rows[real], b)
-    assert error(y[real], ref) < 8e-3 and torch.equal(a, b)
+@pytest.mark.parametrize("rows", [1, 2, 4, 33, 300])
+def test_convolution(cuda, taps, rows):
+    """With the norm and the product before it; one row is idle."""
+    d, c = 128, 200
+    slots = torch.randperm(rows + 2, device="cuda")[:rows].int()
+    slots[rows // 2] = -1 if rows > 1 else 2
+    real = slots >= 0
+    x, norm, weight, bias, conv = randn(rows, d), randn(d).abs(), randn(2 * c, d) / d**0.5, randn(2 * c), randn(c, taps)
+    carry = randn(rows + 2, taps - 1, c)
+    a, b = carry.clone(), carry.float()
+    y = cuda.norm_conv_step(x, None, norm, 1e-5, weight, bias, conv, slots, a)
+    ref = decode_torch.norm_conv_step(*(t.float() if t is not None else None for t in (x[real], None, norm)), 1e-5,
+                                      weight.float(), bias.float(), conv.float(), slots[real], b)
+    assert error(y[real], ref) < 1e-2 and error(a, b) < 4e-3
+    assert torch.equal(a[:, :-1][slots[real].long()], carry[:, 1:][slots[real].long()])
+    rest = [i for i in range(rows + 2) if i not in slots.tolist()]
+    assert torch.equal(a[rest], carry[rest])
 
 
 @pytest.mark.parametrize("d", backends.HEAD_DIMS)
