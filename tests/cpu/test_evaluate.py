@@ -126,5 +126,5 @@ for use in (lambda: importlib.import_module("based_mp.evaluation.harness"),
 def test_without_the_extras_everything_else_works():
     result = launch("-c", WITHOUT_EXTRAS)
     assert result.returncode == 0, result.stderr
-    told = result.stdout.splitlines()
+    told = [line for line in result.stdout.splitlines() if "[WARNING]" not in line]        # DeepSpeed's, of no GPU
     assert len(told) == 2 and "pip install '.[eval]'" in told[0] and "pip install '.[fla]'" in told[1]

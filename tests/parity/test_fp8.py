@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from megatron.core import tensor_parallel
 from pydantic import ValidationError
 
 from based_mp.errors import UserError
@@ -122,6 +123,7 @@ def test_recomputation_changes_nothing(gloo_process, recompute):
 def losses(ranks, steps, before_forward=lambda: None, **sections):
     """Of every micro-batch in training steps of four."""
     torch.manual_seed(4)
+    tensor_parallel.model_parallel_cuda_manual_seed(4)                 # a GPU's initial weights
     sections["training"] = {"precision": "bf16", **sections.get("training", {})}
     engine = build_engine(tiny_config(**sections), ranks)
     device, seen = ranks.device, []
