@@ -13,11 +13,10 @@ extern "C" {
 int decode_embed(const int* tokens, const int* positions, const int* slots, const void* table, void* residual, int fp32_residual,
                  int rows, int width, int first, int count, const float* frequency, float* rotation, int half, void* stream);
 // residual += out + bias (where given); y = residual / rms(residual) * weight. Any number of rows.
-// ahead: a matrix of `height` rows of `pitch` bytes that is needed next; the first `bytes` (a multiple of 16) of its rows go to L2.
 int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, const void* weight, void* y, float eps,
-                    int rows, int width, const void* ahead, int height, int pitch, int bytes, void* stream);
+                    int rows, int width, void* stream);
 // y[:, i] = silu(x[:, i]) * x[:, width + i], x [rows, 2 width]. Any number of rows.
-int decode_swiglu(const void* x, void* y, int64_t rows, int width, const void* ahead, int height, int pitch, int bytes, void* stream);
+int decode_swiglu(const void* x, void* y, int64_t rows, int width, void* stream);
 // y = x W^T for at most 4 rows, W [columns, inner]. With norm_weight x is `residual`, normalised on the way in. kind 1: W is
 // [gate; value] and y [rows, columns / 2]; kind 2: W is the input of a convolution of `tap_count` taps, bias [columns], and y is its
 // step; kind 0: with add_to, y + bias goes there (residual dtype) and y is null.
@@ -32,7 +31,7 @@ int decode_product(const void* x, const void* weight, void* y, int kind, int row
                    void* stream);
 // Gated convolution, x [rows, 2 channels] without its bias [2 channels], carry [slots, taps - 1, channels] shifts in place.
 int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows, int channels,
-                int taps, const void* ahead, int height, int pitch, int bytes, void* stream);
+                int taps, void* stream);
 // Taylor linear attention, x [rows, heads, (q | k | v)], kv [slots, heads, D, head_dim] and z [slots, heads, D] fp32 in place;
 // decay [heads]: factor a token, or null.
 int decode_taylor(const void* x, const int* slots, float* kv, float* z, const float* decay, void* o, int rows, int heads, int features,

@@ -23,16 +23,6 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes) {
     if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-// The beginnings of a matrix's rows, which the next product will read, on their way to L2: memory is idle while small kernels run.
-struct Ahead {
-    const char* matrix;
-    int height, pitch, bytes;
-};
-__device__ __forceinline__ void prefetch(const Ahead& p) {            // spread over the blocks, then over their threads
-    for (int64_t row = (int64_t)threadIdx.x * gridDim.x + blockIdx.x; row < p.height; row += (int64_t)gridDim.x * blockDim.x)
-        prefetch(p.matrix + row * p.pitch, p.bytes);
-}
-
 // Launches a kernel that may overlap the end of the one before it (programmatic dependent launch), in clusters of blocks.
 template <typename... P, typename... A>
 int launch_clusters(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared, void* stream, A... args) {

@@ -32,9 +32,8 @@ __device__ __forceinline__ void gate(const float (&window)[Taps][8], const float
 
 template <int Taps>
 __global__ void conv_step(const bf16* x, const bf16* bias, const bf16* weight, const int* slots, bf16* carry, bf16* y, int rows,
-                          int channels, Ahead ahead) {
+                          int channels) {
     let_next_start();
-    prefetch(ahead);
     const int n = blockIdx.x * blockDim.x + threadIdx.x, row = n / (channels / 8), channel = n % (channels / 8) * 8;
     float w[Taps][8], b1[8], b2[8], window[Taps][8], u2[8], out[8];
     if (row < rows) {
@@ -58,11 +57,11 @@ __global__ void conv_step(const bf16* x, const bf16* bias, const bf16* weight, c
 }
 
 extern "C" int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows,
-                           int channels, int taps, const void* ahead, int height, int pitch, int bytes, void* stream) {
+                           int channels, int taps, void* stream) {
     const unsigned blocks = (unsigned)(((int64_t)rows * (channels / 8) + 127) / 128);
     auto run = [&](auto kernel) {
         return launch(kernel, blocks, 128, 0, stream, (const bf16*)x, (const bf16*)bias, (const bf16*)weight, slots, (bf16*)carry,
-                      (bf16*)y, rows, channels, Ahead{(const char*)ahead, height, pitch, bytes});
+                      (bf16*)y, rows, channels);
     };
     switch (taps) {
         case 2: return run(conv_step<2>);

@@ -28,10 +28,9 @@ constexpr int kMostVectors = 4;                  // 16-byte vectors a thread: wi
 
 template <bool Fp32, int Vectors>
 __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf16* out, const bf16* bias, const bf16* weight, bf16* y,
-                                                       float eps, int width, Ahead ahead) {
+                                                       float eps, int width) {
     __shared__ float space[32];
     let_next_start();
-    prefetch(ahead);
     const int64_t row = (int64_t)blockIdx.x * width;
     float x[Vectors][8], square = 0.f;
     uint4 w[Vectors], b[Vectors];
@@ -72,9 +71,8 @@ __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf1
     }
 }
 
-__global__ void swiglu_kernel(const bf16* x, bf16* y, int64_t vectors, int width, Ahead ahead) {
+__global__ void swiglu_kernel(const bf16* x, bf16* y, int64_t vectors, int width) {
     let_next_start();
-    prefetch(ahead);
     wait_for_previous();
     const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= vectors) return;
@@ -95,23 +93,22 @@ extern "C" int decode_embed(const int* tokens, const int* positions, const int* 
 }
 
 extern "C" int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, const void* weight, void* y,
-                               float eps, int rows, int width, const void* ahead, int height, int pitch, int bytes,
+                               float eps, int rows, int width,
                                void* stream) {
     const int vectors = (width + 2047) / 2048;
     if (vectors > kMostVectors) return (int)cudaErrorInvalidValue;
     const int threads = ((width + 8 * vectors - 1) / (8 * vectors) + 31) / 32 * 32;
     auto run = [&](auto kernel) {
         return launch(kernel, rows, threads, 0, stream, residual, (const bf16*)out, (const bf16*)bias, (const bf16*)weight, (bf16*)y,
-                      eps, width, Ahead{(const char*)ahead, height, pitch, bytes});
+                      eps, width);
     };
     if (vectors == 1) return fp32_residual ? run(add_norm_kernel<true, 1>) : run(add_norm_kernel<false, 1>);
     if (vectors == 2) return fp32_residual ? run(add_norm_kernel<true, 2>) : run(add_norm_kernel<false, 2>);
     return fp32_residual ? run(add_norm_kernel<true, 4>) : run(add_norm_kernel<false, 4>);
 }
 
-extern "C" int decode_swiglu(const void* x, void* y, int64_t rows, int width, const void* ahead, int height, int pitch, int bytes,
+extern "C" int decode_swiglu(const void* x, void* y, int64_t rows, int width,
                              void* stream) {
     const int64_t vectors = rows * (width / 8);
-    return launch(swiglu_kernel, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, (bf16*)y, vectors, width,
-                  Ahead{(const char*)ahead, height, pitch, bytes});
+    return launch(swiglu_kernel, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, (bf16*)y, vectors, width);
 }

@@ -87,8 +87,7 @@ class ConvMixer:
         return {"carry": self.conv.new_zeros(slots, taps - 1, channels)}
 
     def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Tensor:
-        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry,
-                                       self.linear_out)
+        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry)
 
     def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Tensor:
         x = self.ops.norm_linear(*stream, self.linear_in)
@@ -303,7 +302,7 @@ class InferenceModel:
             pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
                                 layer.mlp_norm if mlp else next_norm)
             if mlp:
-                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True, then=layer.fc2)
+                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True)
                 pending = self._out(x, layer.fc2, None, residual, next_norm)
         if last is not None:
             residual, pending = residual[last], None if pending is None else pending[last]

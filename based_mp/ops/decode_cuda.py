@@ -27,7 +27,6 @@ FEW_ROWS, MOST_ROWS = 4, 64
 PLAIN, SWIGLU, CONV, ADD = range(4)                 # kinds of products
 COLUMNS, CHUNK = 64, 64          # of the weights in a block of decode_product
 BLOCKS = 100                     # that it has at least, where the inner dimension can be cut
-AHEAD = 8 * 2**20                # bytes of the next weights that a small kernel sends to L2: what fits in its time
 SPLIT_BLOCKS = 528               # blocks of decode_attention that an H100 runs at once, four on each multiprocessor
 SPLIT_KEYS = 256                 # keys a split has at least
 
@@ -51,12 +50,11 @@ def embed_step(pool: Any, slots: Tensor, table: Tensor, first: int, residual_dty
     return residual, rotation
 
 
-def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float,
-              then: Tensor | None = None) -> Tensor:
+def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(residual.shape, dtype=norm_weight.dtype, device=residual.device)
     out, bias = (None, None) if pending is None else (pending.out, pending.bias)
     extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(norm_weight),
-                                _at(y), eps, *residual.shape, *_ahead(then), _stream())
+                                _at(y), eps, *residual.shape, _stream())
     return y
 
 
@@ -80,14 +78,6 @@ def _splits(columns: int, inner: int) -> int:
     while splits < 8 and splits * -(-columns // COLUMNS) < BLOCKS and inner >= 2 * splits * CHUNK:
         splits *= 2
     return splits
-
-
-def _ahead(weight: Tensor | None) -> tuple[int, int, int, int]:
-    """Weights of the next product as the small kernels take them: bytes of each row that they send to L2."""
-    if weight is None:
-        return 0, 0, 0, 0
-    height, inner = weight.shape
-    return _at(weight), height, inner * 2, min(inner * 2, AHEAD // height // 16 * 16)
 
 
 def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = None, eps: float = 0.0,
@@ -136,30 +126,30 @@ def _normed_product(kind: int, residual: Tensor, pending: Pending | Scaled | Non
 
 
 def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
-                swiglu: bool = False, then: Tensor | None = None) -> Tensor:
+                swiglu: bool = False) -> Tensor:
     y = _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, norm_weight, eps, weight)
     if y is not None:
         return y
-    x = F.linear(_add_norm(residual, pending, norm_weight, eps, weight), weight)
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
     if not swiglu:
         return x
     rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
-    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, *_ahead(then), _stream())
+    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
     return y
 
 
 def norm_conv_step(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor,
-                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor, then: Tensor | None = None) -> Tensor:
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
     y = _normed_product(CONV, residual, pending, norm_weight, eps, weight, bias=bias, taps=conv, slots=slots,
                         carry=carry)
     if y is not None:
         return y
-    x = F.linear(_add_norm(residual, pending, norm_weight, eps, weight), weight)
+    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
     rows, (channels, taps) = x.shape[0], conv.shape
     y = x.new_empty(rows, channels)
     extension().decode_conv(_at(x), _at(bias), _at(conv), _at(slots), _at(carry), _at(y), rows, channels, taps,
-                            *_ahead(then), _stream())
+                            _stream())
     return y
 
 

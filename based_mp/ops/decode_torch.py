@@ -60,11 +60,8 @@ def add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps
 
 
 def norm_linear(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
-                swiglu: bool = False, then: Tensor | None = None) -> Tensor:
-    """`add_norm`, times weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value.
-
-    then: weights of the product that reads the result, for kernels to bring near meanwhile.
-    """
+                swiglu: bool = False) -> Tensor:
+    """`add_norm`, times weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value."""
     y = F.linear(add_norm(residual, pending, norm_weight, eps), weight)
     if not swiglu:
         return y
@@ -73,8 +70,8 @@ def norm_linear(residual: Tensor, pending: Pending | None, norm_weight: Tensor, 
 
 
 def norm_conv_step(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor,
-                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor, then: Tensor | None = None) -> Tensor:
-    """`norm_linear`, then `conv_step` on its result; then: as in `norm_linear`."""
+                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
+    """`norm_linear`, then `conv_step` on its result."""
     return conv_step(norm_linear(residual, pending, norm_weight, eps, weight), bias, conv, slots, carry)
 
 
