@@ -299,9 +299,8 @@ class Config(Section):
         if "hyena" in model.mixers and self.training.seq_length > model.hyena.filter_length:
             raise ValueError(f"training.seq_length={self.training.seq_length} is longer than model.hyena.filter_length="
                              f"{model.hyena.filter_length}: raise the latter")
-        if tp > 1 and self.parallel.zero_stage == 0 and self.training.precision == "bf16":
-            raise ValueError("bf16 with zero_stage 0 and tensor parallelism computes a wrong gradient norm in "
-                             "DeepSpeed: set parallel.zero_stage=1")
+        if self.parallel.zero_stage == 0 and self.training.precision == "bf16":
+            raise ValueError("DeepSpeed has no bf16 training with fp32 sums at zero_stage 0: set parallel.zero_stage=1")
         if self.training.fp8 != "none" and self.training.precision != "bf16":
             raise ValueError(f"training.fp8={self.training.fp8} needs training.precision=bf16")
         if self.training.fp8 != "none" and self.parallel.zero_stage == 3:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from based_mp.config import Config, ModelConfig, TokenizerConfig
 from based_mp.errors import UserError
@@ -174,6 +175,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def check_compatible(meta: dict[str, Any], checkpoint: Path, config: Config, ranks: Ranks) -> None:
     """UserError for another architecture or, unless universal, another layout."""
     ours, theirs = architecture(config.model), meta["architecture"]
+    with contextlib.suppress(ValidationError):           # keys that did not exist when it was written: their defaults
+        theirs = architecture(ModelConfig.model_validate(theirs))
     differing = [key for key in ours if ours[key] != theirs.get(key)]
     if differing:
         key = differing[0]

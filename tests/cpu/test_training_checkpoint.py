@@ -79,6 +79,16 @@ def test_other_architecture_and_layout(tmp_path):
         ckpt.check_compatible(ckpt.read_meta(folder), folder, tiny_config(), ONE)
 
 
+def test_keys_newer_than_the_checkpoint(tmp_path):
+    """Have their defaults there."""
+    older = ckpt.architecture(tiny_config().model)
+    del older["mixer_layers"], older["gla"], older["mamba"]["d_state"]
+    folder = publish(tmp_path, tiny_config(), architecture=older)
+    ckpt.check_compatible(ckpt.read_meta(folder), folder, tiny_config(), ONE)
+    with pytest.raises(UserError, match="model.mixer_layers is {} there"):
+        ckpt.check_compatible(ckpt.read_meta(folder), folder, tiny_config(model={"mixer_layers": {"gla": [3]}}), ONE)
+
+
 @pytest.mark.parametrize("zero, universal", [(3, False), (0, False), (1, True)])
 def test_reshard_refusals(tmp_path, zero, universal):
     with pytest.raises(UserError):
