@@ -22,15 +22,15 @@ fault = sys.argv[4] if len(sys.argv) > 4 else "none"
 
 def main():
     ranks = state.initialize(config.parallel.tensor_parallel_size, device="cpu", seed=config.training.seed)
-    from based_mp.training import checkpoint, loop
+    from based_mp.training import checkpoint, loop, micro_batch
     steps = []
     if fault == "nan":
-        losses, calls = loop.token_losses, []
+        losses, calls = micro_batch.token_losses, []
 
         def broken(*args):
             calls.append(1)
             return losses(*args) * (float("nan") if len(calls) > 2 * trainer.accumulation else 1)
-        loop.token_losses = broken
+        micro_batch.token_losses = broken
     trainer = loop.Trainer(config, ranks)
 
     def record(step, loss, lr, norm):
