@@ -28,7 +28,7 @@ from based_mp.ops.reference import window_attention_naive  # noqa: E402
 from based_mp.ops.window_attention import rope  # noqa: E402
 from based_mp.ops.window_cuda import rotary_window_attention  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
-from benchmarks.timing import matmul_rate  # noqa: E402
+from benchmarks.timing import elapsed_us, matmul_rate  # noqa: E402
 
 Way = Callable[..., Tensor]               # of the qkv buffer, or of q, k, v [batch, seq, heads, head_dim], its views
 SHAPES = [(8, 2048, 16, 64), (4, 2048, 16, 112)]
@@ -42,14 +42,8 @@ def microseconds(call: Callable[[], object]) -> float:
         call()
     times = []
     for _ in range(15):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(10_000_000)
-        start.record()
-        for _ in range(CALLS):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / CALLS)
+        times.append(elapsed_us(lambda: [call() for _ in range(CALLS)]) / CALLS)
     return statistics.median(times)
 
 

@@ -155,3 +155,14 @@ __device__ __forceinline__ uint32_t residual2(uint32_t a, uint32_t b, uint32_t p
 }
 
 }  // namespace taylor
+
+// One instantiation for every supported head_dim.
+#define HEAD_DIM_DISPATCH(D, CALL)                              \
+    switch (D) {                                                \
+        case 64: { constexpr int kD = 64; return CALL; }        \
+        case 80: { constexpr int kD = 80; return CALL; }        \
+        case 96: { constexpr int kD = 96; return CALL; }        \
+        case 112: { constexpr int kD = 112; return CALL; }      \
+        case 128: { constexpr int kD = 128; return CALL; }      \
+        default: return 1; /* cudaErrorInvalidValue */          \
+    }

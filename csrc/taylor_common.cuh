@@ -476,14 +476,3 @@ inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs
 // Value columns of a block of the kernels that may share a head among two: whole sectors of device memory each, the second
 // block perhaps fewer real ones.
 template <int D> constexpr int kColumns = D <= 64 ? D : D <= 96 ? 48 : 64;
-
-// One instantiation for every supported head_dim.
-#define TAYLOR_DISPATCH(D, CALL)                                \
-    switch (D) {                                                \
-        case 64: { constexpr int kD = 64; return CALL; }        \
-        case 80: { constexpr int kD = 80; return CALL; }        \
-        case 96: { constexpr int kD = 96; return CALL; }        \
-        case 112: { constexpr int kD = 112; return CALL; }      \
-        case 128: { constexpr int kD = 128; return CALL; }      \
-        default: return 1; /* cudaErrorInvalidValue */          \
-    }

@@ -274,4 +274,4 @@ template <int D> static int run(const TaylorArgs& p) {
     const dim3 grid(p.slots, p.heads);
     return p.reverse ? launch(gradient<D, true>, grid, Shape<D>::Threads, bytes, p) : launch(gradient<D, false>, grid, Shape<D>::Threads, bytes, p);
 }
-extern "C" int taylor_gradient(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kD>(*p)) }
+extern "C" int taylor_gradient(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kD>(*p)) }

@@ -142,4 +142,4 @@ template <int W> static int run(const TaylorArgs& p) {
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
     return p.reverse ? launch(output<W, true>, grid, kThreads, bytes, p) : launch(output<W, false>, grid, kThreads, bytes, p);
 }
-extern "C" int taylor_output(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }
+extern "C" int taylor_output(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

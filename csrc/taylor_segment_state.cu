@@ -39,4 +39,4 @@ template <int W, bool Exact> static int run(const TaylorArgs& p) {
                      : launch(segment_state<W, Exact, false>, grid, kSegmentThreads, Tiles<W, Exact>::bytes, p);
 }
 template <int W> static int run(const TaylorArgs& p) { return p.exact ? run<W, true>(p) : run<W, false>(p); }
-extern "C" int taylor_segment_state(const TaylorArgs* p) { TAYLOR_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }
+extern "C" int taylor_segment_state(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

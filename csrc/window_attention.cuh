@@ -334,13 +334,3 @@ template <typename F> inline int launch(F* kernel, const WindowAttentionArgs& a,
 }
 
 }  // namespace window_attention
-
-#define WINDOW_ATTENTION_DISPATCH(head_dim, call)                                                                       \
-    switch (head_dim) {                                                                                                 \
-        case 64: { constexpr int kD = 64; return call; }                                                                \
-        case 80: { constexpr int kD = 80; return call; }                                                                \
-        case 96: { constexpr int kD = 96; return call; }                                                                \
-        case 112: { constexpr int kD = 112; return call; }                                                              \
-        case 128: { constexpr int kD = 128; return call; }                                                              \
-        default: return (int)cudaErrorInvalidValue;                                                                     \
-    }

@@ -151,5 +151,5 @@ template <int D> int backward(const WindowAttentionArgs& a) {
 }  // namespace window_attention
 
 extern "C" int window_attention_backward(const WindowAttentionArgs* a) {
-    WINDOW_ATTENTION_DISPATCH(a->head_dim, window_attention::backward<kD>(*a))
+    HEAD_DIM_DISPATCH(a->head_dim, window_attention::backward<kD>(*a))
 }

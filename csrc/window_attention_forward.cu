@@ -105,5 +105,5 @@ template <int D> int forward(const WindowAttentionArgs& a) {
 }  // namespace window_attention
 
 extern "C" int window_attention_forward(const WindowAttentionArgs* a) {
-    WINDOW_ATTENTION_DISPATCH(a->head_dim, window_attention::forward<kD>(*a))
+    HEAD_DIM_DISPATCH(a->head_dim, window_attention::forward<kD>(*a))
 }

@@ -49,11 +49,9 @@ class Copies:
         self.current = True
 
 
-def renew_copies(model: torch.nn.Module) -> None:
-    """All that are not current: what a CUDA graph of the model needs before it is recorded or started."""
-    for module in model.modules():
-        if isinstance(getattr(module, "fp8_copies", None), Copies):
-            module.fp8_copies.renew()
+def fp8_copies(model: torch.nn.Module) -> list[Copies]:
+    """Of the weights of every layer that `use_fp8` changed."""
+    return [module.fp8_copies for module in model.modules() if hasattr(module, "fp8_copies")]
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup, *, wait: bool = True) -> tuple[Tensor, Any]:

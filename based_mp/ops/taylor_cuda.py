@@ -42,7 +42,7 @@ def plan(batch: int, seq: int, heads: int, docs: int | None) -> Plan:
     return Plan(docs, segments, length, seq // length + docs)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """`x` as the kernels read it: bf16, contiguous last dimension, rows on 16-byte boundaries."""
     x = x.to(torch.bfloat16)
     if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]):
@@ -103,7 +103,7 @@ def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor
     """o, denominator [b, s, h], segment states (saved for the backward), final kv and z (empty unless asked for)."""
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
     dtype = v.dtype
-    q, k, v = (_aligned(x) for x in (q, k, v))
+    q, k, v = (aligned(x) for x in (q, k, v))
     o = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
     denominator = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
     states = _states(p, *v.shape, cu_seqlens is not None, return_state or kv is not None)
@@ -135,7 +135,7 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z; `summed`: see `holds_states`."""
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
     dtype = v.dtype
-    q, k, v, grad_o = (_aligned(x) for x in (q, k, v, grad_o))
+    q, k, v, grad_o = (aligned(x) for x in (q, k, v, grad_o))
     o = o.to(torch.bfloat16).contiguous()
     dot = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from based_mp.ops import backends
 from based_mp.ops.fused.rotary_attention import rope_tables
+from based_mp.ops.taylor_cuda import aligned
 
 
 @functools.lru_cache(maxsize=4)
@@ -28,13 +29,6 @@ def rotary_window_attention(qkv: Tensor, window: int, cu_seqlens: Tensor | None 
     copy is made where the kernels cannot read them). Returns [seq, batch, heads, head_dim]."""
     cu = None if cu_seqlens is None else cu_seqlens.to(qkv.device, torch.int32).contiguous()
     return _forward(qkv, cu, window, base)[0]
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Rows of the last dimension contiguous, on 16-byte boundaries."""
-    if x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(backward: bool, qkv: Tensor, cu_seqlens: Tensor | None, o: Tensor, lse: Tensor, grad_o: Tensor | None,
@@ -57,7 +51,7 @@ def _forward(qkv: Tensor, cu_seqlens: Tensor | None, window: int, base: float) -
     seq, batch, heads, _, dim = qkv.shape
     o = torch.empty(seq, batch, heads, dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, seq, dtype=torch.float32, device=qkv.device)
-    _launch(False, _readable(qkv), cu_seqlens, o, lse, None, None, window, base)
+    _launch(False, aligned(qkv), cu_seqlens, o, lse, None, None, window, base)
     return o, lse
 
 
@@ -72,7 +66,7 @@ def _backward(grad_o: Tensor, qkv: Tensor, cu_seqlens: Tensor | None, o: Tensor,
               base: float) -> Tensor:
     """The gradient of qkv, contiguous."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _launch(True, _readable(qkv), cu_seqlens, o, lse, _readable(grad_o), dqkv, window, base)
+    _launch(True, aligned(qkv), cu_seqlens, o, lse, aligned(grad_o), dqkv, window, base)
     return dqkv
 
 

@@ -29,7 +29,9 @@ def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
 
 
 class FusedBF16Optimizer(BF16_Optimizer):
-    """What an engine's BF16_Optimizer (with immediate_grad_update) becomes: only methods differ."""
+    """What an engine's BF16_Optimizer (with immediate_grad_update) becomes, by `fuse`."""
+
+    counted: list[Tensor]                           # `_counted`, which does not change
 
     def fuse_weight_gradients(self, model: torch.nn.Module) -> None:
         """Lets the linear layers of `model` add to the fp32 sums themselves."""
@@ -71,8 +73,9 @@ class FusedBF16Optimizer(BF16_Optimizer):
     def _norm(self) -> Tensor:
         """Of the gradients summed over the ranks; those of replicated parameters count on the first tensor-parallel
         rank."""
-        counted = self._counted()
-        norm = torch.nn.utils.get_total_norm(counted) if counted else self.fp32_groups_flat_partition[0].new_zeros(())
+        norm = self.fp32_groups_flat_partition[0].new_zeros(())
+        if self.counted:
+            norm = torch.nn.utils.get_total_norm(self.counted)
         if dist.get_world_size() > 1:
             norm = norm.square()
             dist.all_reduce(norm)
@@ -97,4 +100,5 @@ def fuse(engine: Any) -> None:
     if type(engine.optimizer) is BF16_Optimizer:
         engine.optimizer.__class__ = FusedBF16Optimizer
         engine.optimizer.fuse_weight_gradients(engine.module)
+        engine.optimizer.counted = engine.optimizer._counted()
         engine.enable_backward_allreduce = False               # the optimizer sums over the ranks

@@ -44,8 +44,6 @@ def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -
         # Each gradient is added to the fp32 sum as soon as backward has made it, and its bf16 copy is dropped.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        if config.parallel.zero_stage == 1:
-            settings["communication_data_type"] = "fp32"        # of the fp32 sums: DeepSpeed would round them to bf16
     if universal:
         settings["checkpoint"] = {"load_universal": True}
     return settings

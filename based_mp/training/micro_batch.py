@@ -8,6 +8,7 @@ everything is compiled, allocated and connected before it is recorded.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 from unittest import mock
 
@@ -17,28 +18,19 @@ from torch import Tensor
 
 from based_mp.config import BASED_MIXERS, Config
 from based_mp.model.based_model import token_losses
-from based_mp.model.fp8 import renew_copies
+from based_mp.model.fp8 import fp8_copies
 from based_mp.ops import backends
 from based_mp.training.bf16_optimizer import FusedBF16Optimizer
 
 
-def graph_refusal(config: Config, engine: Any, device: torch.device) -> str | None:
-    """Why micro-batches cannot be a CUDA graph; None where they can."""
-    if device.type != "cuda":
-        return "no GPU"
-    if not config.training.cuda_graph:
-        return "training.cuda_graph is false"
-    if not isinstance(engine.optimizer, FusedBF16Optimizer):
-        return "only ZeRO-1 in bf16 keeps its gradients in one place"
-    if config.training.recompute == "full":
-        return "full recomputation restores the random state on the host"
-    if config.data.reset_state_at_documents:
-        return "the number of documents differs between micro-batches"
-    if set(config.model.mixers) - {*BASED_MIXERS, "softmax_attention"}:
-        return "mixers of other systems"
-    if backends.extension() is None or backends.TORCH_ONLY:
-        return "plain torch"
-    return None
+def recordable(config: Config, engine: Any, device: torch.device) -> bool:
+    """Whether micro-batches can be a CUDA graph."""
+    return (device.type == "cuda" and config.training.cuda_graph
+            and isinstance(engine.optimizer, FusedBF16Optimizer)  # elsewhere gradients do not stay in one place
+            and config.training.recompute != "full"               # it restores the random state on the host
+            and not config.data.reset_state_at_documents          # their number differs between micro-batches
+            and set(config.model.mixers) <= set(BASED_MIXERS)
+            and backends.extension() is not None and not backends.TORCH_ONLY)
 
 
 class MicroBatch:
@@ -52,7 +44,8 @@ class MicroBatch:
         self.engine, self.device = engine, device
         self.dp_size = engine.dp_world_size
         self.accumulation = engine.gradient_accumulation_steps()
-        self.eager_left = self.accumulation if graph_refusal(config, engine, device) is None else -1
+        self.copies = fp8_copies(engine.module)
+        self.eager_left = self.accumulation if recordable(config, engine, device) else math.inf
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: dict[str, Tensor], counted: Tensor | float) -> Tensor:
@@ -60,13 +53,14 @@ class MicroBatch:
 
         batch: tokens, labels [b, s], loss_mask [b, s], where documents are separate cu_seqlens.
         """
-        if self.eager_left:
-            self.eager_left -= self.eager_left > 0
+        if self.eager_left > 0:
+            self.eager_left -= 1
             share = self._share(self.engine, batch, counted)
             # DeepSpeed divides by the accumulation and averages over ranks.
             self.engine.backward(share * (self.accumulation * self.dp_size))
             return share.detach()
-        renew_copies(self.engine.module)
+        for copies in self.copies:                                # before the graph is recorded or started
+            copies.renew()
         if self.graph is None:
             self._record(batch)
         for name, value in self.inputs.items():
