@@ -62,14 +62,18 @@ def test_answers(generator):
         assert all(len(c["logprobs"]["token_logprobs"]) == len(c["logprobs"]["tokens"]) for c in answer["choices"])
         new = sum(len(c.tokens) for c in expected)
         assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": new, "total_tokens": 4 + new}
-        assert all(c["finish_reason"] == "length" for c in answer["choices"])
-        body = {"model": "tiny", "prompt": [65, 66], "stream": True, "stream_options": {"include_usage": True}}
+        reasons = {"eod": "stop", "length": "length"}
+        assert [c["finish_reason"] for c in answer["choices"]] == [reasons[c.finish_reason] for c in expected]
+        body = {"model": "tiny", "prompt": [65, 66], "seed": 5, "stream": True,
+                "stream_options": {"include_usage": True}}
         response = await client.post("/v1/completions", json=body)
         lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
         assert response.headers["content-type"].startswith("text/event-stream") and lines[-1] == "[DONE]"
         events = [json.loads(line) for line in lines[:-1]]
         assert events[-1]["usage"]["prompt_tokens"] == 2 and events[-1]["choices"] == []
-        assert events[-2]["choices"][0]["finish_reason"] == "length"
+        [alone] = generator.generate(["ab"], max_new_tokens=16, temperature=1.0, seed=5)
+        assert "".join(e["choices"][0]["text"] for e in events[:-1]) == alone.text
+        assert events[-2]["choices"][0]["finish_reason"] == reasons[alone.finish_reason]
     with_client(generator, test)
 
 
