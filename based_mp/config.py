@@ -220,7 +220,7 @@ class TrainingConfig(Section):
         "none", description="activations done again in backward: norms, selective = norms, SwiGLU and convolutions, "
                             "full = whole layers")
     cuda_graph: bool = Field(
-        True, description="on a GPU with ZeRO-1: a micro-batch is recorded once and started as one CUDA graph")
+        True, description="bf16 on a GPU, ZeRO-1 or 2: a micro-batch is recorded once and started as a CUDA graph")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes the GPU when there is one")
 
 
@@ -316,6 +316,12 @@ class Config(Section):
         if self.logging.sample_interval and self.data.tokenizer is None:
             raise ValueError("logging.sample_interval needs data.tokenizer to write text: give it, or set 0")
         return self
+
+    @property
+    def deepspeed_stage(self) -> int:
+        """ZeRO-2 in bf16 is DeepSpeed's ZeRO-1 with gradients that training/bf16_optimizer.py shards."""
+        stage = self.parallel.zero_stage
+        return 1 if stage == 2 and self.training.precision == "bf16" else stage
 
     @property
     def decay_steps(self) -> int:

@@ -110,6 +110,16 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1, sequence_parall
     return sum(layers) if recompute != "full" else model.num_layers * d / cut + max(layers)
 
 
+def _bucket_values(config: Config) -> float:
+    """Gradients that ZeRO-2 in bf16 makes before they are summed: of two layers, the embedding and the head."""
+    model = config.model
+    if config.parallel.zero_stage != 2 or config.training.precision != "bf16":
+        return 0
+    counts = parameter_counts(model)
+    layer = max(counts[kind] / model.mixers.count(kind) for kind in model.mixers) + counts["mlp"] / model.num_layers
+    return 2 * layer + counts["embedding"] + counts.get("head", 0)
+
+
 def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
     """Bytes a GPU by part. Weights, gradients and optimizer state are exact up to padding; activations are what
     autograd keeps with the fused ops of a GPU."""
@@ -119,7 +129,7 @@ def memory_per_gpu(config: Config, world_size: int) -> dict[str, float]:
     width = 2 if config.training.precision == "bf16" else 4
     parts = {
         "weights": params * width / (dp if stage == 3 else 1),
-        "gradients": params * 4 / (dp if stage >= 2 else 1),
+        "gradients": 4 * (params / (dp if stage >= 2 else 1) + _bucket_values(config) / tp * (dp > 1)),
         "optimizer": params * (12 if width == 2 else 8) / (dp if stage >= 1 else 1),
     }
     if config.training.fp8 != "none":

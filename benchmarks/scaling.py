@@ -233,7 +233,7 @@ def worker(spec: Path, cpu: bool) -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     cases = [Case(**case) for case in json.loads(spec.read_text())]
     from based_mp.parallel import state
-    from based_mp.training.engine import import_deepspeed
+    from based_mp.training.quiet import import_deepspeed
     state.quiet_imports()
     device = "cpu" if cpu else "cuda"
     os.environ.setdefault("DS_ACCELERATOR", device)

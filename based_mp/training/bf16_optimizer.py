@@ -2,9 +2,9 @@
 
 A linear layer's weight gradient is added to the fp32 sum by the matrix product that computes it, so that it never
 exists in bf16 (megatron-core's gradient_accumulation_fusion); every other gradient is added by one kernel. Each
-data-parallel rank gets the sums of its partition alone (a reduce-scatter, where DeepSpeed all-reduces). The gradient
-norm takes a few kernels, averaging, clipping and the test for infinities happen inside the fused AdamW, and the host
-never waits for the GPU.
+data-parallel rank gets the sums of its partition alone: with ZeRO-1 by one reduce-scatter a step (where DeepSpeed
+all-reduces), with ZeRO-2, of matrices, during every backward pass. The gradient norm takes a few kernels, averaging,
+clipping and the test for infinities happen inside the fused AdamW, and the host never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from based_mp.training.sharded_gradients import ShardedGradients
+
 
 def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
     """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in]."""
@@ -32,10 +34,11 @@ class FusedBF16Optimizer(BF16_Optimizer):
     """What an engine's BF16_Optimizer (with immediate_grad_update) becomes, by `fuse`."""
 
     counted: list[Tensor]                           # `_counted`, which does not change
+    sharded: ShardedGradients | None = None
 
     def fuse_weight_gradients(self, model: torch.nn.Module) -> None:
         """Lets the linear layers of `model` add to the fp32 sums themselves."""
-        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=self._add_weight_gradient)
         for parameters, sums in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True):
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.main_grad = total.view(parameter.shape)
@@ -43,20 +46,43 @@ class FusedBF16Optimizer(BF16_Optimizer):
             if hasattr(module, "gradient_accumulation_fusion"):
                 module.gradient_accumulation_fusion = True
 
+    def shard_gradients(self, model: torch.nn.Module) -> None:
+        """ZeRO-2 for the first group, the matrices; what the others hold is too little to cut."""
+        kept = self.fp32_groups_gradient_flat_partition[0].clone()
+        named = ((self.param_names[p], p) for p in self.bf16_groups[0])
+        self.sharded = ShardedGradients(named, kept, self.dp_process_group)
+        weights = (m.weight for m in model.modules() if hasattr(m, "gradient_accumulation_fusion"))
+        self.by_product = {id(w.main_grad): w for w in weights if w is not None}      # None: the embedding's is used
+        self.fp32_groups_gradients[0] = self.fp32_groups_gradient_dict[0] = [p.main_grad for p in self.bf16_groups[0]]
+        for sums in (self.fp32_groups_gradients_flat, self.fp32_groups_actual_gradients_flat,
+                     self.fp32_groups_gradient_flat_partition, self.non_expert_gradients):
+            sums[0] = kept                                     # the sums of the whole group are let go
+
+    def _add_weight_gradient(self, x: Tensor, dy: Tensor, total: Tensor) -> None:
+        add_weight_gradient(x, dy, total)
+        if self.sharded is not None and id(total) in self.by_product:
+            self.sharded.made(self.by_product[id(total)])
+
     @torch.no_grad()
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Any, group_idx: int, param_idx: int) -> None:
         """Of each parameter whose gradient autograd has made."""
         if lp_param.grad is not None:
             lp_param.main_grad.add_(lp_param.grad)
             lp_param.grad = None
+            if self.sharded is not None and group_idx == 0:
+                self.sharded.made(lp_param)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clips and steps; a step whose gradients are not all finite changes nothing."""
         ranks = dist.get_world_size(self.dp_process_group)
+        if self.sharded is not None:
+            self.sharded.check_complete()
         if ranks > 1:
             for total, own in zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition,
                                   strict=True):
+                if total is own:                               # by `sharded`
+                    continue
                 # NCCL sums in place; gloo must not.
                 dist.reduce_scatter_tensor(own, total if total.is_cuda else total.clone(), group=self.dp_process_group)
         norm = self._norm() / ranks
@@ -95,10 +121,13 @@ class FusedBF16Optimizer(BF16_Optimizer):
         return views
 
 
-def fuse(engine: Any) -> None:
-    """The engine's bf16 optimizer as `FusedBF16Optimizer`; other optimizers (ZeRO-0, 2 and 3, fp32) stay."""
+def fuse(engine: Any, *, shard_gradients: bool = False) -> None:
+    """The engine's bf16 optimizer as `FusedBF16Optimizer`, with ZeRO-2 where `shard_gradients`; other optimizers
+    (ZeRO-3, fp32) stay."""
     if type(engine.optimizer) is BF16_Optimizer:
         engine.optimizer.__class__ = FusedBF16Optimizer
         engine.optimizer.fuse_weight_gradients(engine.module)
+        if shard_gradients and engine.dp_world_size > 1:
+            engine.optimizer.shard_gradients(engine.module)
         engine.optimizer.counted = engine.optimizer._counted()
         engine.enable_backward_allreduce = False               # the optimizer sums over the ranks

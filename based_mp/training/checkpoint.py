@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from based_mp.config import Config, ModelConfig, TokenizerConfig
 from based_mp.errors import UserError
 from based_mp.parallel.state import Ranks
+from based_mp.training.quiet import quiet
 
 LATEST = "latest"
 TOKENIZER = "tokenizer"
@@ -91,7 +92,8 @@ def load(engine: Any, checkpoint: Path, config: Config, ranks: Ranks) -> int:
     with _all_ranks(f"cannot read the checkpoint {checkpoint}"):
         _check_bytes(sorted(checkpoint.rglob("*.pt"))[ranks.rank :: ranks.world_size])
     with _all_ranks(f"cannot read the checkpoint {checkpoint}"):
-        path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with quiet():
+            path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise RuntimeError("DeepSpeed found no state for this layout")
     # From a universal checkpoint DeepSpeed leaves AdamW's step count on the host, which the fused AdamW refuses.
@@ -201,7 +203,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 def layout(config: Config, ranks: Ranks) -> dict[str, int]:
     return {"tensor_parallel": ranks.tp_size, "data_parallel": ranks.dp_size,
-            "zero_stage": config.parallel.zero_stage}
+            "zero_stage": config.deepspeed_stage}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from based_mp.model.based_model import build_model
 from based_mp.model.fp8 import use_fp8
 from based_mp.parallel.mpu import MPU
 from based_mp.parallel.state import Ranks
+from based_mp.training.quiet import import_deepspeed, quiet
 
 
 def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def deepspeed_config(config: Config, ranks: Ranks, *, universal: bool = False) -
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": ranks.device.type == "cuda",
+        "zero_optimization": {"stage": config.deepspeed_stage, "overlap_comm": ranks.device.type == "cuda",
                               "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         # It waits for the GPU before and after every micro-batch.
         "timers": {"throughput": {"enabled": False}},
@@ -76,18 +74,6 @@ def universal_checkpoint_info(model: torch.nn.Module) -> dict[str, Any]:
     return info
 
 
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed without its notices, and on the CPU without the compilation of an op that training does not use."""
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
 def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weights: Path | None = None) -> Any:
     """The DeepSpeed engine of `config`.
 
@@ -113,9 +99,10 @@ def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weigh
                                   eps=o.eps, fused=True)
     if config.training.fp8 != "none":
         use_fp8(model, optimizer)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
     from based_mp.training.bf16_optimizer import fuse  # imports DeepSpeed, quiet by now
-    fuse(engine)
+    fuse(engine, shard_gradients=config.parallel.zero_stage == 2)
     return engine
 
 

@@ -14,7 +14,7 @@ import torch
 
 from based_mp.errors import UserError
 from based_mp.training import checkpoint as ckpt
-from based_mp.training.engine import import_deepspeed
+from based_mp.training.quiet import import_deepspeed
 
 
 def reshard(source: str | Path, output: str | Path, *, workers: int = 1) -> Path:

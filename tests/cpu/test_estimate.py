@@ -90,7 +90,9 @@ def test_zero_and_tensor_parallelism_shrink_memory():
     total = sum(parameter_counts(load_config(CONFIGS / "based_1.3b.yaml").model).values())
     stages = {stage: parts(f"parallel.zero_stage={stage}") for stage in (1, 2, 3)}
     assert stages[1]["weights"] == 2 * total and stages[1]["optimizer"] == 12 * total / 8
-    assert stages[2]["gradients"] == stages[1]["gradients"] / 8 and stages[3]["weights"] == 2 * total / 8
+    assert stages[3]["gradients"] == stages[1]["gradients"] / 8 and stages[3]["weights"] == 2 * total / 8
+    assert stages[3]["gradients"] + 4 * 50304 * 1792 < stages[2]["gradients"] < stages[1]["gradients"] / 3
+    assert parts("parallel.zero_stage=2", world=1) == parts(world=1)
     assert parts("parallel.tensor_parallel_size=2")["weights"] == total
     whole, split = (parts("parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sp}")["activations"]
                     for sp in ("false", "true"))

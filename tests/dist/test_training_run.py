@@ -32,11 +32,11 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def write_config(folder: Path, corpus: Path, name: str = "run", steps: int = 6, log_interval: int = 1,
-                 save_interval: int = 0, **parallel) -> Path:
+                 save_interval: int = 0, precision: str = "fp32", **parallel) -> Path:
     folder.mkdir(exist_ok=True)
     config = tiny_config(
         parallel=parallel, data={"train": [{"path": str(corpus)}], "cache_dir": str(corpus.parent / "cache")},
-        training={"steps": steps}, validation={"interval": 0}, logging={"log_interval": log_interval},
+        training={"steps": steps, "precision": precision}, validation={"interval": 0}, logging={"log_interval": log_interval},
         checkpoint={"dir": str(folder / name), "interval": save_interval})
     file = folder / f"{name}.yaml"
     file.write_text(config.to_yaml())
@@ -91,6 +91,22 @@ def test_resume_is_bitwise(tmp_path, corpus, processes, tp, zero):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
         compared += len(ours)
     assert compared > 20
+
+
+def test_bf16_resumes_and_reshards(tmp_path, corpus):
+    """Saved with ZeRO-2 on two processes: bitwise there, with ZeRO-1 but for the order of sums, on one near."""
+    options = {"precision": "bf16", "zero_stage": 2}
+    whole, outputs = train(2, write_config(tmp_path, corpus, "straight", save_interval=3, **options))
+    assert not any(" GB" in output for output in outputs), outputs             # DeepSpeed's reports of memory
+    for name in ("same", "zero_1"):
+        start_from(tmp_path, "straight", "step_00000003", name)
+    subprocess.run([sys.executable, "launch/convert.py", "reshard", "--checkpoint", tmp_path / "same",
+                    "--output", tmp_path / "one"], cwd=REPO, check=True)
+    for name, processes, stage, limit in (("same", 2, 2, 0), ("zero_1", 2, 1, 1e-4), ("one", 1, 1, 5e-3)):
+        rest, outputs = train(processes, write_config(tmp_path, corpus, name, precision="bf16", zero_stage=stage))
+        assert "step_00000003 at step 3" in outputs[0] and [step for step, *_ in rest] == [4, 5, 6]
+        assert max(abs(a[1] - b[1]) for a, b in zip(rest, whole[3:], strict=True)) <= limit, (name, rest, whole)
+        assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(rest, whole[3:], strict=True)) <= limit, (name, rest, whole)
 
 
 @pytest.mark.parametrize("fault", ["die_in_save", "disk_full_1"])

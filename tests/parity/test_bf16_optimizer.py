@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from based_mp.model.based_model import forward_loss
 from based_mp.training import bf16_optimizer
 from based_mp.training.engine import build_engine
+from based_mp.training.sharded_gradients import ShardedGradients
 from tests.models import MODEL, tiny_config
 
 STEPS = 3
@@ -49,7 +51,7 @@ def train(ranks, steps, *, model=None, start=None, before_step=lambda step: None
 def test_equals_deepspeeds(ranks, monkeypatch, clip):
     engine, norms, weights = train(ranks, STEPS, clip_grad_norm=clip)
     assert type(engine.optimizer) is bf16_optimizer.FusedBF16Optimizer
-    monkeypatch.setattr(bf16_optimizer, "fuse", lambda engine: None)
+    monkeypatch.setattr(bf16_optimizer, "fuse", lambda engine, **_: None)
     plain, expected, expected_weights = train(ranks, STEPS, clip_grad_norm=clip)
     assert type(plain.optimizer) is not bf16_optimizer.FusedBF16Optimizer
     assert [float(n) for n in norms] == pytest.approx([float(n) for n in expected], rel=2e-3) and min(norms) > 0.5
@@ -81,3 +83,34 @@ def test_a_step_with_infinite_gradients_changes_nothing(ranks):
     for before, after in zip(states, engine.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(not s.any() for s in engine.optimizer.fp32_groups_gradients_flat)
+
+
+def sharded(names, ranks):
+    """Gradients of two values each, all of them kept by the one rank."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in names}
+    kept = torch.zeros(2 * len(names))
+    return parameters, ShardedGradients(parameters.items(), kept, parallel_state.get_data_parallel_group())
+
+
+def test_sharded_gradients_of_layers_share_two_buffers(ranks):
+    names = ["embedding.weight", *(f"decoder.layers.{i}.{part}.weight" for i in range(3) for part in "ab")]
+    parameters, gradients = sharded(names, ranks)
+    starts = [p.main_grad.data_ptr() for p in parameters.values()]
+    assert starts[1] == starts[5] and starts[2] == starts[6] and len(set(starts)) == 5
+    for micro_batch in (1, 2):
+        for i, name in reversed(list(enumerate(names))):
+            parameters[name].main_grad += micro_batch * i
+            gradients.made(parameters[name])
+        gradients.check_complete()
+    assert gradients.kept.tolist() == [3 * i for i in range(7) for _ in range(2)]
+    assert not any(p.main_grad.any() for p in parameters.values())
+
+
+def test_sharded_gradients_tell_of_another_order_and_of_missing_parameters(ranks):
+    names = [f"layers.{i}.weight" for i in range(3)]
+    parameters, gradients = sharded(names, ranks)
+    gradients.made(parameters["layers.2.weight"])
+    with pytest.raises(RuntimeError, match="set parallel.zero_stage=1"):
+        gradients.check_complete()
+    with pytest.raises(RuntimeError, match="left the order .* set parallel.zero_stage=1"):
+        gradients.made(parameters["layers.0.weight"])
