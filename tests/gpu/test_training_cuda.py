@@ -40,7 +40,7 @@ def test_weight_gradient_is_added_in_fp32(tokens, inputs, outputs):
 def test_steps_equal_deepspeeds(ranks, monkeypatch):
     _, norms, weights = train(ranks, 3, model=SMALL)
     start = [w.to(torch.bfloat16) for w in weights[0]]
-    monkeypatch.setattr(bf16_optimizer, "fuse", lambda engine: None)
+    monkeypatch.setattr(bf16_optimizer, "fuse", lambda engine, **_: None)
     _, expected, expected_weights = train(ranks, 3, model=SMALL, start=start)
     assert [float(n) for n in norms] == pytest.approx([float(n) for n in expected], rel=5e-3) and min(norms) > 0.5
     for before, after, truth in zip(weights[:-1], weights[1:], expected_weights[1:], strict=True):
@@ -91,6 +91,24 @@ def test_graph_equals_eager(ranks, tmp_path, recompute, fp8):
     expected, eager = run(ranks, tmp_path, steps=8, graph=False, training=training)
     assert trainer.micro_batch.graph is not None and eager.micro_batch.graph is None
     assert ours[0] == expected[0] and len({loss for loss, _ in ours}) == 8
+    for (loss, norm), (other, other_norm) in zip(ours, expected, strict=True):
+        assert loss == pytest.approx(other, abs=2e-3) and norm == pytest.approx(other_norm, rel=5e-3)
+
+
+def test_sharded_gradients_equal_whole_ones(ranks, tmp_path, monkeypatch):
+    """ZeRO-2's buffers and its stream in CUDA graphs; one GPU keeps all partitions."""
+    expected, _ = run(ranks, tmp_path, steps=8)
+    fuse = bf16_optimizer.fuse
+
+    def sharding(engine, **_):
+        fuse(engine)
+        engine.optimizer.shard_gradients(engine.module)
+        engine.optimizer.counted = engine.optimizer._counted()
+
+    monkeypatch.setattr(bf16_optimizer, "fuse", sharding)
+    ours, trainer = run(ranks, tmp_path, steps=8)
+    assert trainer.micro_batch.graph is not None and trainer.engine.optimizer.sharded is not None
+    assert len(ours) == 8 and len({loss for loss, _ in ours}) == 8
     for (loss, norm), (other, other_norm) in zip(ours, expected, strict=True):
         assert loss == pytest.approx(other, abs=2e-3) and norm == pytest.approx(other_norm, rel=5e-3)
 
