@@ -28,6 +28,7 @@ from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
 from based_mp.model.based_model import build_model
 from based_mp.ops import backends
+from based_mp.ops.decode_cuda import RECENT
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.parallel import state
 from benchmarks.record import git_commit
@@ -47,13 +48,14 @@ def say(*words: object) -> None:
     print(f"[{time.perf_counter() - START:5.1f}]", *words, flush=True)
 
 
-def state_bytes(model: ModelConfig, position: int) -> tuple[int, int]:
-    """Bytes of one sequence's states that a step at `position` reads, and that it writes."""
+def state_bytes(model: ModelConfig, position: int) -> tuple[float, float]:
+    """Bytes of one sequence's states that a step at `position` reads, and that it writes, on average."""
     read = written = 0
     for kind in model.mixers:
         if kind == "linear_attention":
             own = model.num_heads * taylor_feature_dim(model.feature_dim) * (model.head_dim + 1) * 4
-            read, written = read + own, written + own
+            token = model.num_heads * (model.feature_dim + model.head_dim) * 2        # k and v, kept until they are due
+            read, written = read + own + token * (RECENT - 1) / 2, written + own / RECENT + token * (1 - 1 / RECENT)
         elif kind == "gated_conv":
             own = (model.conv_kernel - 1) * 2 * model.d_model * 2
             read, written = read + own, written + own

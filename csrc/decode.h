@@ -32,10 +32,11 @@ int decode_product(const void* x, const void* weight, void* y, int kind, int row
 // Gated convolution, x [rows, 2 channels] without its bias [2 channels], carry [slots, taps - 1, channels] shifts in place.
 int decode_conv(const void* x, const void* bias, const void* weight, const int* slots, void* carry, void* y, int rows, int channels,
                 int taps, void* stream);
-// Taylor linear attention, x [rows, heads, (q | k | v)], kv [slots, heads, D, head_dim] and z [slots, heads, D] fp32 in place;
-// decay [heads]: factor a token, or null.
-int decode_taylor(const void* x, const int* slots, float* kv, float* z, const float* decay, void* o, int rows, int heads, int features,
-                  int head_dim, float scale, void* stream);
+// Taylor linear attention, x [rows, heads, (q | k | v)], kv [slots, heads, D, head_dim] and z [slots, heads, D] fp32, recent bf16
+// [slots, heads, 16, (k | v)], all in place; decay [heads]: factor a token, or null. kv and z have what came before token
+// `starts` and all but the last few tokens (positions is the current one's) since; those lie in recent.
+int decode_taylor(const void* x, const int* slots, const int* positions, const int* starts, float* kv, float* z, void* recent,
+                  const float* decay, void* o, int rows, int heads, int features, int head_dim, float scale, void* stream);
 // Softmax attention, x [rows, heads, (q | k | v)], over rings keys, values [slots, heads, capacity, padded] of rotated keys.
 // partial: [rows, heads, splits, padded + 2] fp32 work space where splits > 1.
 int decode_attention(const void* x, const int* slots, const int* positions, const float* rotation, void* keys, void* values,

@@ -21,12 +21,12 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from based_mp.config import ModelConfig
-from based_mp.inference.state import StatePool, to_device
+from based_mp.inference.state import RECENT, StatePool, to_device
 from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
 from based_mp.ops.decode_torch import Pending
 from based_mp.ops.fused.rotary_attention import rope_frequency
-from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention
+from based_mp.ops.linear_attention import log_decay, taylor_linear_attention
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.ops.window_attention import causal_attention
 
@@ -96,7 +96,10 @@ class ConvMixer:
 
 
 class TaylorMixer:
-    """Taylor linear attention. Its state: Σ φ(k) vᵀ and Σ φ(k) of every head over the distinct features, fp32."""
+    """Taylor linear attention. Its state: Σ φ(k) vᵀ and Σ φ(k) of every head over the distinct features, fp32.
+
+    While tokens are generated, k and v of the last ones may lie in `recent` instead (see `taylor_step_`).
+    """
 
     def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, tp_rank: int, tp_size: int) -> None:
         self.linear_in, self.linear_out, self.out_bias = w["linear_in.weight"], w["linear_out.weight"], None
@@ -110,17 +113,23 @@ class TaylorMixer:
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         features = taylor_feature_dim(self.feature_dim)
         empty = {"dtype": torch.float32, "device": self.linear_in.device}
-        return {"kv": torch.zeros(slots, self.heads, features, self.head_dim, **empty),
-                "z": torch.zeros(slots, self.heads, features, **empty)}
+        state = {"kv": torch.zeros(slots, self.heads, features, self.head_dim, **empty),
+                 "z": torch.zeros(slots, self.heads, features, **empty)}
+        if self.ops.RECENT:
+            state[RECENT] = self.linear_in.new_zeros(slots, self.heads, self.ops.RECENT,
+                                                     self.feature_dim + self.head_dim)
+        return state
 
-    def step(self, stream: Stream, rows: Rows, kv: Tensor, z: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Tensor:
         x = self.ops.norm_linear(*stream, self.linear_in)
-        return self.ops.taylor_step_(x, rows.slots, kv, z, self.decay, self.feature_dim)
+        return self.ops.taylor_step_(x, rows.slots, rows.pool, kv, z, recent, self.decay, self.feature_dim)
 
-    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Tensor:
         x = self.ops.norm_linear(*stream, self.linear_in)
         f, heads = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
-        before = None if pack.fresh else TaylorState(kv[pack.slots], z[pack.slots])
+        before = None
+        if not pack.fresh:
+            before = self.ops.settled(pack.pool, pack.slots, kv, z, recent, self.decay, f)
         o, after = taylor_linear_attention(heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :], decay=self.decay,
                                            initial_state=before, return_state=True, cu_seqlens=pack.bounds)
         kv[pack.slots], z[pack.slots] = after.kv, after.z
@@ -285,7 +294,7 @@ class InferenceModel:
         logits = self._run(self._sum(residual), pool,
                            lambda layer, stream, state: layer.mixer.prefill(stream, pack, **state),
                            None if every else pack.last)
-        pool.positions[pack.slots] = pack.ends
+        pool.positions[pack.slots] = pool.starts[pack.slots] = pack.ends
         return logits
 
     @property

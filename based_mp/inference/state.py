@@ -13,6 +13,7 @@ from torch import Tensor
 from based_mp.errors import UserError
 
 RINGS = ("keys", "values", "past")
+RECENT = "recent"                # generated tokens that a state has still to take in: of no use to another slot
 
 
 def to_device(x: Tensor | list[int], device: torch.device) -> Tensor:
@@ -51,24 +52,25 @@ class StatePool:
     """Buffers whose first dimension is the slot; their addresses never change, so CUDA graphs can hold them.
 
     buffers: of every layer its tensors (see the mixers' `buffers`). A slot also has the token that comes next, the
-    number of tokens it has seen, and how its tokens are sampled.
+    number of tokens it has seen (positions) and had seen when its generation began (starts), and how its tokens are
+    sampled. `copy` and `read` are for slots whose generation has not begun.
     """
 
     def __init__(self, buffers: list[dict[str, Tensor]], slots: int, length: int, vocab_size: int,
                  device: torch.device) -> None:
         self.buffers, self.slots, self.length, self.vocab_size = buffers, slots, length, vocab_size
-        self.tokens, self.positions, self.top_k = (torch.zeros(slots, dtype=torch.int32, device=device)
-                                                   for _ in range(3))
+        self.tokens, self.positions, self.starts, self.top_k = (torch.zeros(slots, dtype=torch.int32, device=device)
+                                                                for _ in range(4))
         self.temperature, self.top_p = torch.zeros(slots, device=device), torch.ones(slots, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def reset(self, slots: list[int]) -> None:
         """Make these slots empty. Rings need nothing: positions say what of them is valid."""
         index = to_device(slots, self.positions.device)
-        self.positions[index] = 0
+        self.positions[index] = self.starts[index] = 0
         for layer in self.buffers:
             for name, buffer in layer.items():
-                if name not in RINGS:
+                if name not in (*RINGS, RECENT):
                     buffer[index] = 0
 
     def set_sampling(self, slots: list[int], temperature: list[float], top_k: list[int], top_p: list[float],
@@ -81,27 +83,29 @@ class StatePool:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Fork: give every target slot the state of its source."""
         source, target = (to_device(slots, self.positions.device) for slots in (sources, targets))
-        self.positions[target] = self.positions[source]
+        self.positions[target] = self.starts[target] = self.positions[source]
         for layer in self.buffers:
-            for buffer in layer.values():
-                buffer[target] = buffer[source]
+            for name, buffer in layer.items():
+                if name != RECENT:
+                    buffer[target] = buffer[source]
 
     def read(self, slot: int, position: int, logits: Tensor) -> SequenceState:
         """The state of a slot that has seen `position` tokens, copied."""
         def copy(name: str, buffer: Tensor) -> Tensor:
             return (buffer[slot, :, :position] if name in RINGS else buffer[slot]).clone()
-        return SequenceState([{name: copy(name, buffer) for name, buffer in layer.items()} for layer in self.buffers],
-                             position, logits.clone())
+        layers = [{name: copy(name, buffer) for name, buffer in layer.items() if name != RECENT}
+                  for layer in self.buffers]
+        return SequenceState(layers, position, logits.clone())
 
     def write(self, slot: int, state: SequenceState) -> None:
         """Put a state into a slot. Raises UserError for a state of another model."""
-        self.positions[slot] = state.position
+        self.positions[slot] = self.starts[slot] = state.position
         try:
             for layer, own in zip(self.buffers, state.layers, strict=True):
                 for name, buffer in layer.items():
                     if name in RINGS:
                         buffer[slot, :, : own[name].shape[1]] = own[name]
-                    else:
+                    elif name != RECENT:
                         buffer[slot] = own[name]
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError("this generation state is of another model: make it with the model that continues it") \

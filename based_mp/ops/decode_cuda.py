@@ -16,11 +16,13 @@ from torch import Tensor
 
 from based_mp.ops.backends import extension
 from based_mp.ops.decode_torch import Pending, conv_run, embed, rotations
+from based_mp.ops.reference import TaylorState, taylor_features
 
 __all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linear_add", "norm_conv_step", "norm_linear",
-           "rope_run", "rotations", "sample", "taylor_step_"]
+           "rope_run", "rotations", "sample", "settled", "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
+RECENT = 16                      # tokens that the state of linear attention takes in at a time (csrc/decode_taylor.cu)
 # Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
 # MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond.
 FEW_ROWS, MOST_ROWS = 4, 64
@@ -173,13 +175,31 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
     return None
 
 
-def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor | None, feature_dim: int) -> Tensor:
+def taylor_step_(x: Tensor, slots: Tensor, pool: Any, kv: Tensor, z: Tensor, recent: Tensor | None,
+                 decay: Tensor | None, feature_dim: int) -> Tensor:
     rows, heads, head_dim = x.shape[0], kv.shape[1], kv.shape[3]
     o = x.new_empty(rows, heads * head_dim)
     factor = None if decay is None else decay.exp()
-    extension().decode_taylor(_at(x), _at(slots), _at(kv), _at(z), _at(factor), _at(o), rows, heads, feature_dim,
-                              head_dim, feature_dim ** -0.5, _stream())
+    extension().decode_taylor(_at(x), _at(slots), _at(pool.positions), _at(pool.starts), _at(kv), _at(z), _at(recent),
+                              _at(factor), _at(o), rows, heads, feature_dim, head_dim, feature_dim ** -0.5, _stream())
     return o
+
+
+def settled(pool: Any, slots: Tensor, kv: Tensor, z: Tensor, recent: Tensor, decay: Tensor | None,
+            feature_dim: int) -> TaylorState:
+    slots, heads, head_dim = slots.long(), torch.arange(kv.shape[1], device=kv.device), kv.shape[3]
+    generated = (pool.positions - pool.starts)[slots][:, None]
+    left = torch.minimum(generated, (generated + heads) % RECENT)                 # [n, heads], as in decode_taylor.cu
+    later = left[..., None] - 1 - torch.arange(RECENT, device=kv.device)          # tokens after each that lies there
+    inside = (later >= 0)[..., None]
+    k, v = recent[slots].where(inside, 0).float().split([feature_dim, head_dim], -1)
+    phi = taylor_features(k, feature_dim ** -0.5) * inside
+    kv, z = kv[slots], z[slots]
+    if decay is not None:
+        phi = phi * (decay[:, None] * later).exp()[..., None]
+        faded = (decay * left).exp()[..., None]
+        kv, z = kv * faded[..., None], z * faded
+    return TaylorState(kv + phi.transpose(2, 3) @ v, z + phi.sum(2))
 
 
 def attention_step(x: Tensor, slots: Tensor, positions: Tensor, rotation: Tensor, keys: Tensor, values: Tensor,

@@ -18,6 +18,7 @@ from based_mp.ops.gated_conv import gated_conv
 from based_mp.ops.reference import TaylorState, taylor_step
 
 PADS_ROWS = False                # `slots` holds −1 nowhere: any number of rows runs as it is
+RECENT = 0                       # tokens that a state has still to take in, at most
 
 
 def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
@@ -100,10 +101,12 @@ def conv_run(x: Tensor, bias: Tensor, weight: Tensor, bounds: Tensor, carry: Ten
     return y[:, 0], carry
 
 
-def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor | None, feature_dim: int) -> Tensor:
+def taylor_step_(x: Tensor, slots: Tensor, pool: Any, kv: Tensor, z: Tensor, recent: Tensor | None,
+                 decay: Tensor | None, feature_dim: int) -> Tensor:
     """One token a row. x [n, heads, q | k | v]; kv [slots, heads, D, head_dim], z [slots, heads, D].
 
-    decay: fp32 [heads], log decay a token. Returns [n, heads·head_dim].
+    recent: [slots, heads, RECENT, k | v], the last of the tokens from pool.starts to pool.positions, where kv and z
+    take them in late (not here). decay: fp32 [heads], log decay a token. Returns [n, heads·head_dim].
     """
     slots, f = slots.long(), feature_dim
     heads = x.unflatten(-1, (kv.shape[1], -1))
@@ -111,6 +114,12 @@ def taylor_step_(x: Tensor, slots: Tensor, kv: Tensor, z: Tensor, decay: Tensor 
                          decay=decay)
     kv[slots], z[slots] = new.kv, new.z
     return o.flatten(1)
+
+
+def settled(pool: Any, slots: Tensor, kv: Tensor, z: Tensor, recent: Tensor | None, decay: Tensor | None,
+            feature_dim: int) -> TaylorState:
+    """The states of these slots after all tokens seen, with those that `taylor_step_` has left in `recent`."""
+    return TaylorState(kv[slots.long()], z[slots.long()])
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -97,10 +97,16 @@ def test_taylor(cuda, slots, f, d):
     kv, z = randn(6, 2, taylor_feature_dim(f), d, dtype=torch.float32), torch.rand(6, 2, taylor_feature_dim(f)).cuda()
     z[..., 0] += 300
     log = torch.tensor([-0.1, -0.02], device="cuda") if decay else None
-    x, a, b = randn(4, 2 * (2 * f + d)), (kv.clone(), z.clone()), (kv.clone(), z.clone())
-    y = cuda.taylor_step_(x, rows, *a, log, f)
-    ref = decode_torch.taylor_step_(x[real].float(), rows[real], *b, log, f)
-    assert error(y[real], ref) < 4e-3 and error(a[0], b[0]) < 1e-6 and error(a[1], b[1]) < 1e-6
+    a, b, pool, recent = (kv.clone(), z.clone()), (kv.clone(), z.clone()), Pool(100), randn(6, 2, cuda.RECENT, f + d)
+    recent[:] = torch.nan                                  # what lies there from before is not read
+    for _ in range(3 * cuda.RECENT + 1):
+        x = randn(4, 2 * (2 * f + d))
+        y = cuda.taylor_step_(x, rows, pool, *a, recent, log, f)
+        ref = decode_torch.taylor_step_(x[real].float(), rows[real], pool, *b, None, log, f)
+        assert error(y[real], ref) < 4e-3
+        pool.positions[rows[real].long()] += 1
+        whole = cuda.settled(pool, rows[real], *a, recent, log, f)
+        assert all(error(ours, theirs[rows[real].long()]) < 2e-6 for ours, theirs in zip(whole, b, strict=True))
 
 
 @pytest.mark.parametrize("d, half, capacity", [(64, 32, 256), (70, 17, 600), (70, 17, 4096), (112, 56, 64),
@@ -129,7 +135,7 @@ class Pool:
 
     def __init__(self, vocab_size, temperature=0.0, top_k=0, top_p=1.0, slots=6):
         self.vocab_size = vocab_size
-        self.tokens, self.positions = (torch.arange(slots, device="cuda").int() for _ in range(2))
+        self.tokens, self.positions, self.starts = (torch.arange(slots, device="cuda").int() for _ in range(3))
         self.temperature, self.top_p = (torch.full((slots,), x, device="cuda") for x in (temperature, top_p))
         self.top_k = torch.full((slots,), top_k, dtype=torch.int32, device="cuda")
         self.seeds = torch.randint(-2**62, 2**62, (slots,), device="cuda")

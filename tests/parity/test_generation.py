@@ -9,7 +9,8 @@ from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
 from based_mp.inference.state import SequenceState
 from based_mp.inference.text import TextStream
-from based_mp.ops import decode_torch
+from based_mp.ops import decode_cuda, decode_torch
+from based_mp.ops.reference import taylor_step
 from based_mp.parallel import state
 from tests.models import Letters, tiny_config
 
@@ -78,6 +79,32 @@ def test_prefill_and_decode_equal_the_full_forward(trained, length):
         pool.positions[rows.long()] += 1
     out += [part(last, length)] if last < length else []
     torch.testing.assert_close(torch.cat(out, 1), full, rtol=1e-4, atol=1e-4)
+
+
+def late_taylor_step(x, slots, pool, kv, z, recent, decay, feature_dim):
+    """As the CUDA kernel does: a token goes to `recent`, from where each head's state takes in sixteen at a time."""
+    slots, f, heads = slots.long(), feature_dim, torch.arange(kv.shape[1])
+    q, k, v = x.unflatten(-1, (kv.shape[1], -1)).split([f, f, kv.shape[3]], -1)
+    o, after = taylor_step(q, k, v, decode_cuda.settled(pool, slots, kv, z, recent, decay, f), decay=decay)
+    generated = (pool.positions - pool.starts)[slots][:, None]
+    phase = (generated + heads) % decode_cuda.RECENT
+    recent[slots[:, None], heads, torch.minimum(generated, phase)] = torch.cat([k, v], -1)
+    due = (phase == decode_cuda.RECENT - 1)[..., None]
+    z[slots] = after.z.where(due, z[slots])
+    kv[slots] = after.kv.where(due[..., None], kv[slots])
+    return o.flatten(1)
+
+
+@pytest.mark.parametrize("trained", ["based", "options"], indirect=True)
+def test_states_that_take_tokens_in_late(trained, tmp_path, monkeypatch):
+    """Are worth the same in all that is done with them."""
+    for name, value in (("RECENT", decode_cuda.RECENT), ("taylor_step_", late_taylor_step),
+                        ("settled", decode_cuda.settled)):
+        monkeypatch.setattr(decode_torch, name, value)
+    for length in LENGTHS:
+        test_prefill_and_decode_equal_the_full_forward(trained, length)
+    test_ragged_batch_equals_each_alone(trained[1], 16)
+    test_states_are_forked_saved_and_continued(Generator(trained[1], Letters()), tmp_path)
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 16, 65536])

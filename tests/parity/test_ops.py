@@ -91,7 +91,7 @@ def test_step_updates_the_state_in_place():
     q, k, v = qkv(30)
     state = init_taylor_state(2, 3, 16, 20, dtype=torch.float64)
     x, slots = torch.cat([q, k, v], -1).flatten(2), torch.tensor([1, 0], dtype=torch.int32)
-    out = torch.stack([taylor_step_(x[:, t], slots, *state, None, 16) for t in range(30)], 1)
+    out = torch.stack([taylor_step_(x[:, t], slots, None, *state, None, None, 16) for t in range(30)], 1)
     assert relative(out, taylor_quadratic(q, k, v).flatten(2)) < 1e-10
 
 
