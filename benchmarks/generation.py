@@ -4,8 +4,9 @@
 
 Random weights of the named configurations, bf16, one GPU. Decoding is timed over whole steps, with the choice of the
 token; batch_128 and batch_1 run through the engine, host included, and the sweep replays graphs. The byte floor of a
-step is what it must move, weights once and states read and written once, at the nominal 3.35 TB/s of an H100. Attention
-has its keys and values in static buffers, the same kernels around it, and CUDA graphs.
+step is what it must move, weights and states once (states of linear attention are written at every sixteenth token), at
+the nominal 3.35 TB/s of an H100. Attention has its keys and values in static buffers, the same kernels around it, and
+CUDA graphs.
 """
 
 from __future__ import annotations

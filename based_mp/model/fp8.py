@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from based_mp.model.linear import Operand, Products, weight_gradient
 from based_mp.ops import backends, fp8
 
 
@@ -54,59 +55,55 @@ def fp8_copies(model: torch.nn.Module) -> list[Copies]:
     return [module.fp8_copies for module in model.modules() if hasattr(module, "fp8_copies")]
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup, *, wait: bool = True) -> tuple[Tensor, Any]:
-    """x of every rank of the group, one after the other along the first dimension, and the handle to wait for."""
-    whole = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    as_bytes = x.dtype == fp8.FP8                                # which no communication library knows
-    parts = (t.view(torch.uint8) if as_bytes else t for t in (whole, x.contiguous()))
-    return whole, dist.all_gather_into_tensor(*parts, group=group, async_op=not wait)
+class _Products(Products):
+    """Of fp8 operands. With sequence parallelism a column-parallel layer's input is gathered in fp8."""
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__(copies.weight)
+        self.copies = copies
+
+    def operand(self, x: Tensor) -> Operand:
+        return fp8.quantize_rows(x)
+
+    def forward(self, operand: Operand, out: Tensor) -> None:
+        self.copies.renew()
+        fp8.product(operand, self.copies.rows, out=out)
+
+    def backward(self, operand: Operand, out: Tensor) -> None:
+        fp8.product(operand, self.copies.columns, out=out)
 
 
 class _Linear(torch.autograd.Function):
-    """x [s, b, in] → [s, b, out]. With sequence parallelism x is this rank's part of s, gathered in fp8.
+    """x [s, b, in] → [s, b, out], without sequence parallelism.
 
     As in megatron-core's linear layer, communication of the gradient of x runs beside the product of the weight's.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, copies, add_to_sum, allreduce, sequence_parallel, group):
+    def forward(ctx, x, weight, copies, total, allreduce, group):
         ctx.save_for_backward(x)
-        ctx.copies, ctx.group = copies, group
-        ctx.sum = weight.main_grad if add_to_sum else None
-        ctx.allreduce, ctx.sequence_parallel = allreduce, sequence_parallel
+        ctx.copies, ctx.total, ctx.allreduce, ctx.group = copies, total, allreduce, group
         copies.renew()
-        operand = fp8.quantize_rows(x.flatten(0, 1))
-        if sequence_parallel:
-            operand = tuple(_gathered(t, group)[0] for t in operand)
-        return fp8.product(operand, copies.rows).unflatten(0, (-1, x.shape[1]))
+        return fp8.product(fp8.quantize_rows(x.flatten(0, 1)), copies.rows).unflatten(0, (-1, x.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
         x, = ctx.saved_tensors
-        batch, handle, dw = x.shape[1], None, None
-        x, dy = x.flatten(0, 1), dy.flatten(0, 1).contiguous()
-        if ctx.sequence_parallel:
-            x, handle = _gathered(x, ctx.group, wait=False)
+        dy, handle = dy.flatten(0, 1).contiguous(), None
         dx = fp8.product(fp8.quantize_rows(dy), ctx.copies.columns)
-        if ctx.sequence_parallel:
-            handle.wait()
-            whole, dx = dx, torch.empty(dx.shape[0] // ctx.group.size(), dx.shape[1], dtype=dx.dtype, device=dx.device)
-            handle = dist.reduce_scatter_tensor(dx, whole, group=ctx.group, async_op=True)
-        elif ctx.allreduce:
+        if ctx.allreduce:
             handle = dist.all_reduce(dx, group=ctx.group, async_op=True)
-        if ctx.sum is None:
-            dw = dy.t() @ x
-        else:
-            layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, dy, ctx.sum)
+        dw = weight_gradient(x.flatten(0, 1), dy, ctx.total)
         if handle is not None:
             handle.wait()
-        return dx.unflatten(0, (-1, batch)), dw, None, None, None, None, None
+        return dx.view_as(x), dw, None, None, None, None
 
 
 def _forward(copies: Copies, *, input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool,
-             allreduce_dgrad: bool, sequence_parallel: bool, tp_group: dist.ProcessGroup | None, **_: Any) -> Tensor:
+             allreduce_dgrad: bool, tp_group: dist.ProcessGroup | None, **_: Any) -> Tensor:
     """What megatron-core's linear layers call with their input."""
-    y = _Linear.apply(input, weight, copies, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, tp_group)
+    total = weight.main_grad if gradient_accumulation_fusion else None
+    y = _Linear.apply(input, weight, copies, total, allreduce_dgrad, tp_group)
     return y if bias is None else y + bias
 
 
@@ -124,7 +121,7 @@ def use_fp8(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
             odd.append(f"{name} {tuple(module.weight.shape)}")
             continue
         module.fp8_copies = copies = Copies(module.weight)
-        module._forward_impl = partial(_forward, copies)
+        module._forward_impl, module.products = partial(_forward, copies), _Products(copies)
         optimizer.register_step_post_hook(copies.forget)
     if odd:
         warnings.warn(f"{len(odd)} linear layers stay in bf16 under training.fp8, because a width is not a multiple of "

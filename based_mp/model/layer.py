@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig, mlp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
+from based_mp.model.linear import ColumnParallelLinear, RowParallelLinear
 from based_mp.model.norms import RMSNorm
 from based_mp.model.recompute import recomputed
 from based_mp.ops.fused.swiglu import swiglu
