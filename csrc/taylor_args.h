@@ -8,7 +8,7 @@ struct TaylorArgs {
     int64_t q_stride[3], k_stride[3], v_stride[3];      // batch, seq, head; elements
     const int* cu_seqlens;                              // [docs + 1] or null
     // Work space and outputs; o, dq, dk, dv, denominator and grad_dot are contiguous [batch, seq, heads, ...].
-    float* space;                                       // [slots, heads, 160, head_dim + 8] segment states, or null
+    float* space;                                       // [slots, heads, 160 (head_dim + 8)] segment states, or null
     float* boundaries;                                  // the same, to be written by taylor_output as taylor_scan would, or null
     void* o;
     float* denominator;                                 // [batch, seq, heads]

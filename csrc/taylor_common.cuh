@@ -331,22 +331,22 @@ template <int N, bool Reverse> struct State {
         fence_for_tensor_cores();
     }
 
-    // Rows of the fp32 work space [slot][head][160][head_dim + 8]; columns [column, column + N - 8), then head_dim ...
-    __device__ __forceinline__ static float* rows(const TaylorArgs& p, float* space, int slot, int head) {
-        return space + (((int64_t)slot * p.heads + head) * kRows + row()) * (p.head_dim + 8) + (threadIdx.x & 3) * 2;
+    // The fp32 work space, [slot][head][tile][head_dim / 8 + 1][lane][4]: accumulators as the lanes hold them, eight columns after
+    // eight and the last column's behind them, so that a warp's accesses are whole lines.
+    __device__ __forceinline__ static float4* own_space(const TaylorArgs& p, float* space, int slot, int head) {
+        return reinterpret_cast<float4*>(space) + (((int64_t)slot * p.heads + head) * kTiles + tile()) * (p.head_dim / 8 + 1) * 32 + (threadIdx.x & 31);
     }
-    __device__ __forceinline__ static int space_column(const TaylorArgs& p, int n, int column) {
-        return n < N / 8 - 1 ? column + n * 8 : p.head_dim;
+    // Where columns 8 n .. 8 n + 7 of this block lie there, if they are real.
+    __device__ __forceinline__ static bool real(const TaylorArgs& p, int n, int column) { return n == N / 8 - 1 || column + n * 8 < p.head_dim; }
+    __device__ __forceinline__ static int place(const TaylorArgs& p, int n, int column) {
+        return (n == N / 8 - 1 ? p.head_dim / 8 : column / 8 + n) * 32;
     }
     __device__ __forceinline__ void store(const TaylorArgs& p, float* space, int slot, int head, int column) const {
         if (tile() >= kTiles) return;
-        float* to = rows(p, space, slot, head);
+        float4* to = own_space(p, space, slot, head);
         #pragma unroll
         for (int n = 0; n < N / 8; ++n)
-            #pragma unroll
-            for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half)
-                *reinterpret_cast<float2*>(to + half * 8 * (p.head_dim + 8) + space_column(p, n, column)) =
-                    make_float2(sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]);
+            if (real(p, n, column)) to[place(p, n, column)] = make_float4(sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]);
     }
     // The state before the segment of `slot` (behind it, if Reverse): its own entry once taylor_scan ran, else the sum
     // over the document's earlier (later) segments, in order.
@@ -363,14 +363,12 @@ template <int N, bool Reverse> struct State {
         }
         #pragma unroll 1
         for (int i = from; i < to; ++i) {
-            const float* at = rows(p, p.space, i, head);
+            const float4* at = own_space(p, p.space, i, head);
             #pragma unroll
             for (int n = 0; n < N / 8; ++n)
-                #pragma unroll
-                for (int half = 0; half < 2 && (n == N / 8 - 1 || column + n * 8 < p.head_dim); ++half) {
-                    const float2 x = *reinterpret_cast<const float2*>(at + half * 8 * (p.head_dim + 8) + space_column(p, n, column));
-                    sum[4 * n + 2 * half] += x.x;
-                    sum[4 * n + 2 * half + 1] += x.y;
+                if (real(p, n, column)) {
+                    const float4 x = at[place(p, n, column)];
+                    sum[4 * n] += x.x; sum[4 * n + 1] += x.y; sum[4 * n + 2] += x.z; sum[4 * n + 3] += x.w;
                 }
         }
     }

@@ -20,9 +20,11 @@ __device__ int public_row(int row, int f, float scale, float& factor) {
 }
 
 __global__ void scan(const __grid_constant__ TaylorArgs p) {
-    const int wide = p.head_dim + 8, item = blockIdx.z * blockDim.x + threadIdx.x;
-    const int doc = blockIdx.x, head = blockIdx.y, row = item / wide, column = item % wide;
-    if (row >= kRows) return;
+    const int wide = p.head_dim + 8, item = blockIdx.z * blockDim.x + threadIdx.x, doc = blockIdx.x, head = blockIdx.y;
+    if (item >= kRows * wide) return;
+    // See State::own_space.
+    const int block = item >> 7, lane = item >> 2 & 31, tile = block / (wide / 8);
+    const int row = tile * 16 + (lane >> 2) + (item >> 1 & 1) * 8, column = block % (wide / 8) * 8 + (lane & 3) * 2 + (item & 1);
     float factor;
     const int out = column <= p.head_dim || !p.reverse ? public_row(row, p.features, p.scale, factor) : -1;
     const int states = 1 + p.features + p.features * (p.features + 1) / 2;
