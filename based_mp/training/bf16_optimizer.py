@@ -9,6 +9,7 @@ clipping and the test for infinities happen inside the fused AdamW, and the host
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +24,16 @@ from based_mp.training.sharded_gradients import ShardedGradients
 
 
 def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
-    """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in]."""
+    """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in].
+
+    Where `total` has a function `made`, it is called then.
+    """
     if total.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, dy.t(), x, torch.float32, out=total)
     else:
         total.add_(dy.t() @ x)
+    if hasattr(total, "made"):
+        total.made()
 
 
 class FusedBF16Optimizer(BF16_Optimizer):
@@ -38,7 +44,7 @@ class FusedBF16Optimizer(BF16_Optimizer):
 
     def fuse_weight_gradients(self, model: torch.nn.Module) -> None:
         """Lets the linear layers of `model` add to the fp32 sums themselves."""
-        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=self._add_weight_gradient)
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
         for parameters, sums in zip(self.bf16_groups, self.fp32_groups_gradients, strict=True):
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.main_grad = total.view(parameter.shape)
@@ -51,17 +57,14 @@ class FusedBF16Optimizer(BF16_Optimizer):
         kept = self.fp32_groups_gradient_flat_partition[0].clone()
         named = ((self.param_names[p], p) for p in self.bf16_groups[0])
         self.sharded = ShardedGradients(named, kept, self.dp_process_group)
-        weights = (m.weight for m in model.modules() if hasattr(m, "gradient_accumulation_fusion"))
-        self.by_product = {id(w.main_grad): w for w in weights if w is not None}      # None: the embedding's is used
+        for module in model.modules():
+            weight = getattr(module, "weight", None)               # none in an LM head that shares the embedding's
+            if hasattr(module, "gradient_accumulation_fusion") and weight is not None:
+                weight.main_grad.made = partial(self.sharded.made, weight)
         self.fp32_groups_gradients[0] = self.fp32_groups_gradient_dict[0] = [p.main_grad for p in self.bf16_groups[0]]
         for sums in (self.fp32_groups_gradients_flat, self.fp32_groups_actual_gradients_flat,
                      self.fp32_groups_gradient_flat_partition, self.non_expert_gradients):
             sums[0] = kept                                     # the sums of the whole group are let go
-
-    def _add_weight_gradient(self, x: Tensor, dy: Tensor, total: Tensor) -> None:
-        add_weight_gradient(x, dy, total)
-        if self.sharded is not None and id(total) in self.by_product:
-            self.sharded.made(self.by_product[id(total)])
 
     @torch.no_grad()
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Any, group_idx: int, param_idx: int) -> None:
