@@ -99,6 +99,12 @@ class FusedBF16Optimizer(BF16_Optimizer):
         self._lazy_init_hp_params_optimizer_state()
         self.update_lp_params()
 
+    def destroy(self) -> None:
+        """DeepSpeed ties the parameters to themselves, so that they are never freed: the sums are, nevertheless."""
+        super().destroy()
+        for parameter in (p for group in self.bf16_groups for p in group):
+            parameter.__dict__.pop("main_grad", None)      # destroyed twice: by its user and by itself
+
     def _norm(self) -> Tensor:
         """Of the gradients summed over the ranks; those of replicated parameters count on the first tensor-parallel
         rank."""

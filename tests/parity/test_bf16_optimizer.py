@@ -1,5 +1,8 @@
 """The bf16 optimizer with few passes over the gradients against DeepSpeed's own."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -83,6 +86,20 @@ def test_a_step_with_infinite_gradients_changes_nothing(ranks):
     for before, after in zip(states, engine.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(not s.any() for s in engine.optimizer.fp32_groups_gradients_flat)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_what_a_destroyed_engine_held_is_freed(ranks, zero):
+    engine, *_ = train(ranks, 1)
+    if zero == 2:
+        engine.optimizer.shard_gradients(engine.module)
+    optimizer = engine.optimizer
+    held = [weakref.ref(t) for t in (*optimizer.fp32_groups_flat_partition, *optimizer.fp32_groups_gradients_flat,
+                                     *optimizer.bf16_groups_flat, *(p.main_grad for p in engine.module.parameters()))]
+    engine.destroy()
+    del engine, optimizer
+    gc.collect()
+    assert len(held) > 30 and not any(reference() is not None for reference in held)
 
 
 def sharded(names, ranks):
