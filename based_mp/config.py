@@ -318,10 +318,13 @@ class Config(Section):
         return self
 
     @property
+    def shards_gradients(self) -> bool:
+        """Whether training/bf16_optimizer.py does, for ZeRO-2 in bf16; the rest of it is DeepSpeed's ZeRO-1."""
+        return self.parallel.zero_stage == 2 and self.training.precision == "bf16"
+
+    @property
     def deepspeed_stage(self) -> int:
-        """ZeRO-2 in bf16 is DeepSpeed's ZeRO-1 with gradients that training/bf16_optimizer.py shards."""
-        stage = self.parallel.zero_stage
-        return 1 if stage == 2 and self.training.precision == "bf16" else stage
+        return 1 if self.shards_gradients else self.parallel.zero_stage
 
     @property
     def decay_steps(self) -> int:

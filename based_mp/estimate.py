@@ -113,7 +113,7 @@ def kept_values(model: ModelConfig, recompute: str, tp: int = 1, sequence_parall
 def _bucket_values(config: Config) -> float:
     """Gradients that ZeRO-2 in bf16 makes before they are summed: of two layers, the embedding and the head."""
     model = config.model
-    if config.parallel.zero_stage != 2 or config.training.precision != "bf16":
+    if not config.shards_gradients:
         return 0
     counts = parameter_counts(model)
     layer = max(counts[kind] / model.mixers.count(kind) for kind in model.mixers) + counts["mlp"] / model.num_layers

@@ -51,14 +51,16 @@ class SequenceState:
 class StatePool:
     """Buffers whose first dimension is the slot; their addresses never change, so CUDA graphs can hold them.
 
-    buffers: of every layer its tensors (see the mixers' `buffers`). A slot also has the token that comes next, the
-    number of tokens it has seen (positions) and had seen when its generation began (starts), and how its tokens are
-    sampled. `copy` and `read` are for slots whose generation has not begun.
+    buffers: of every layer its tensors (see the mixers' `buffers`); states: those of them that a state consists of. A
+    slot also has the token that comes next, the number of tokens it has seen (positions) and had seen when its
+    generation began (starts), and how its tokens are sampled. `copy` and `read` are for slots whose generation has not
+    begun.
     """
 
     def __init__(self, buffers: list[dict[str, Tensor]], slots: int, length: int, vocab_size: int,
                  device: torch.device) -> None:
         self.buffers, self.slots, self.length, self.vocab_size = buffers, slots, length, vocab_size
+        self.states = [{name: t for name, t in layer.items() if name != RECENT} for layer in buffers]
         self.tokens, self.positions, self.starts, self.top_k = (torch.zeros(slots, dtype=torch.int32, device=device)
                                                                 for _ in range(4))
         self.temperature, self.top_p = torch.zeros(slots, device=device), torch.ones(slots, device=device)
@@ -68,9 +70,9 @@ class StatePool:
         """Make these slots empty. Rings need nothing: positions say what of them is valid."""
         index = to_device(slots, self.positions.device)
         self.positions[index] = self.starts[index] = 0
-        for layer in self.buffers:
+        for layer in self.states:
             for name, buffer in layer.items():
-                if name not in (*RINGS, RECENT):
+                if name not in RINGS:
                     buffer[index] = 0
 
     def set_sampling(self, slots: list[int], temperature: list[float], top_k: list[int], top_p: list[float],
@@ -84,28 +86,26 @@ class StatePool:
         """Fork: give every target slot the state of its source."""
         source, target = (to_device(slots, self.positions.device) for slots in (sources, targets))
         self.positions[target] = self.starts[target] = self.positions[source]
-        for layer in self.buffers:
-            for name, buffer in layer.items():
-                if name != RECENT:
-                    buffer[target] = buffer[source]
+        for layer in self.states:
+            for buffer in layer.values():
+                buffer[target] = buffer[source]
 
     def read(self, slot: int, position: int, logits: Tensor) -> SequenceState:
         """The state of a slot that has seen `position` tokens, copied."""
         def copy(name: str, buffer: Tensor) -> Tensor:
             return (buffer[slot, :, :position] if name in RINGS else buffer[slot]).clone()
-        layers = [{name: copy(name, buffer) for name, buffer in layer.items() if name != RECENT}
-                  for layer in self.buffers]
-        return SequenceState(layers, position, logits.clone())
+        return SequenceState([{name: copy(name, buffer) for name, buffer in layer.items()} for layer in self.states],
+                             position, logits.clone())
 
     def write(self, slot: int, state: SequenceState) -> None:
         """Put a state into a slot. Raises UserError for a state of another model."""
         self.positions[slot] = self.starts[slot] = state.position
         try:
-            for layer, own in zip(self.buffers, state.layers, strict=True):
+            for layer, own in zip(self.states, state.layers, strict=True):
                 for name, buffer in layer.items():
                     if name in RINGS:
                         buffer[slot, :, : own[name].shape[1]] = own[name]
-                    elif name != RECENT:
+                    else:
                         buffer[slot] = own[name]
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError("this generation state is of another model: make it with the model that continues it") \

@@ -65,16 +65,14 @@ def _multiply_gathered(own: Operand, multiply: Callable[[Operand, Tensor], None]
 def _multiply_scattered(operand: Operand, multiply: Callable[[Operand, Tensor], None], width: int, dtype: torch.dtype,
                         group: dist.ProcessGroup) -> tuple[Tensor, list[Any]]:
     """This rank's rows of the ranks' products' sum [rows / ranks, width], and what to wait for before they are read."""
-    ranks, device = group.size(), operand[0].device
-    rows = operand[0].shape[0] // ranks
+    operand = tuple(t.unflatten(0, (group.size(), -1)) for t in operand)
+    ranks, rows = operand[0].shape[:2]
+    own, handles = torch.empty(rows, width, dtype=dtype, device=operand[0].device), []
     pieces = max(1, min(PIECES, rows // PIECE_ROWS))
-    own, handles = torch.empty(rows, width, dtype=dtype, device=device), []
-    for piece in own.tensor_split(pieces):
-        first = (piece.data_ptr() - own.data_ptr()) // (width * own.element_size())
-        made = torch.empty(ranks, *piece.shape, dtype=dtype, device=device)
+    for piece, *parts in zip(own.tensor_split(pieces), *(t.tensor_split(pieces, 1) for t in operand), strict=True):
+        made = piece.new_empty(ranks, *piece.shape)
         for rank in range(ranks):
-            start = rank * rows + first
-            multiply(tuple(t[start : start + piece.shape[0]] for t in operand), made[rank])
+            multiply(tuple(t[rank] for t in parts), made[rank])
         handles.append(dist.reduce_scatter_tensor(piece, made.flatten(0, 1), group=group, async_op=True))
     return own, handles
 

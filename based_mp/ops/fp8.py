@@ -44,6 +44,5 @@ def _quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], *, out: Tensor | None = None) -> Tensor:
     """a [m, k] and b [n, k], each as `quantize_rows` returns it → a bᵀ in bf16 [m, n]; n, k multiples of 16."""
-    options = {} if out is None else {"out": out}
     return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1].view(1, -1), out_dtype=torch.bfloat16,
-                            use_fast_accum=True, **options)
+                            use_fast_accum=True, out=out)

@@ -9,7 +9,7 @@ clipping and the test for infinities happen inside the fused AdamW, and the host
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +39,6 @@ def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
 class FusedBF16Optimizer(BF16_Optimizer):
     """What an engine's BF16_Optimizer (with immediate_grad_update) becomes, by `fuse`."""
 
-    counted: list[Tensor]                           # `_counted`, which does not change
     sharded: ShardedGradients | None = None
 
     def fuse_weight_gradients(self, model: torch.nn.Module) -> None:
@@ -109,14 +108,15 @@ class FusedBF16Optimizer(BF16_Optimizer):
         """Of the gradients summed over the ranks; those of replicated parameters count on the first tensor-parallel
         rank."""
         norm = self.fp32_groups_flat_partition[0].new_zeros(())
-        if self.counted:
-            norm = torch.nn.utils.get_total_norm(self.counted)
+        if self._counted:
+            norm = torch.nn.utils.get_total_norm(self._counted)
         if dist.get_world_size() > 1:
             norm = norm.square()
             dist.all_reduce(norm)
             norm = norm.sqrt()
         return norm
 
+    @cached_property
     def _counted(self) -> list[Tensor]:
         """Views of what lies of every parameter's gradient in this rank's partition and counts in the norm."""
         first = self.mpu.get_tensor_model_parallel_rank() == 0
@@ -138,5 +138,4 @@ def fuse(engine: Any, *, shard_gradients: bool = False) -> None:
         engine.optimizer.fuse_weight_gradients(engine.module)
         if shard_gradients and engine.dp_world_size > 1:
             engine.optimizer.shard_gradients(engine.module)
-        engine.optimizer.counted = engine.optimizer._counted()
         engine.enable_backward_allreduce = False               # the optimizer sums over the ranks

@@ -102,7 +102,7 @@ def build_engine(config: Config, ranks: Ranks, *, universal: bool = False, weigh
     with quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
     from based_mp.training.bf16_optimizer import fuse  # imports DeepSpeed, quiet by now
-    fuse(engine, shard_gradients=config.parallel.zero_stage == 2)
+    fuse(engine, shard_gradients=config.shards_gradients)
     return engine
 
 

@@ -31,9 +31,10 @@ class ShardedGradients:
         layers = [i for i, part in enumerate(parts) if _layer(part[0][0])]
         turns = kept.new_zeros(2, max((sizes[i] for i in layers), default=0))
         self.buckets = []
-        for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        for i, (part, size, first) in enumerate(zip(parts, sizes, starts, strict=True)):
             buffer = turns[i % 2, :size] if i in layers else kept.new_zeros(size)
-            self.buckets.append(_Bucket([p for _, p in part], buffer, first=sum(sizes[:i])))
+            self.buckets.append(_Bucket([p for _, p in part], buffer, first))
         self.turns = [self.buckets[i] for i in layers]
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self._begin()
@@ -95,10 +96,8 @@ class _Bucket:
 
     def __init__(self, parameters: list[Parameter], buffer: Tensor, first: int) -> None:
         self.parameters, self.buffer, self.first = parameters, buffer, first
-        start = 0
-        for parameter in parameters:
-            parameter.main_grad = buffer[start : start + parameter.numel()].view(parameter.shape)
-            start += parameter.numel()
+        for parameter, part in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+            parameter.main_grad = part.view(parameter.shape)
 
 
 def _layer(name: str) -> str | None:
