@@ -1,8 +1,8 @@
 """Tensor-parallel linear layers whose communication runs beside their products, for sequence parallelism.
 
 Between the layers every rank has a part of the sequence, in them all of it (Korthikanti et al. 2022, section 4.2). What
-a product needs of other ranks travels while the rank's own part is multiplied, and what it makes for them leaves in
-pieces, each while the next is multiplied. Without sequence parallelism the layers are megatron-core's.
+a product needs of other ranks travels while the rank's own part is multiplied; what it makes for them is made first and
+travels while the rank makes its own. Without sequence parallelism the layers are megatron-core's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-PIECES, PIECE_ROWS = 4, 2048     # of what a rank keeps of a sum: at most so many pieces, of so many rows at least
-
-Operand = tuple[Tensor, ...]     # what a product takes, in tensors with a row for each token
+from based_mp.parallel.exchange import Operand, sending
 
 
 class Products:
@@ -39,42 +37,37 @@ class Products:
         torch.mm(operand[0], self.weight.detach(), out=out)
 
 
-def gathered(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
-    """x of every rank of the group, one after the other along the first dimension, and the handle to wait for."""
-    whole = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    as_bytes = x.dtype == torch.float8_e4m3fn                    # which no communication library knows
-    parts = (t.view(torch.uint8) if as_bytes else t for t in (whole, x.contiguous()))
-    return whole, dist.all_gather_into_tensor(*parts, group=group, async_op=True)
-
-
 def _multiply_gathered(own: Operand, multiply: Callable[[Operand, Tensor], None], width: int, dtype: torch.dtype,
-                       group: dist.ProcessGroup) -> tuple[Tensor, Operand]:
-    """The product of all ranks' rows [ranks · rows, width], and these rows."""
-    rows, rank = own[0].shape[0], group.rank()
-    wholes, handles = zip(*(gathered(t, group) for t in own), strict=True)
-    y = torch.empty(rows * group.size(), width, dtype=dtype, device=own[0].device)
-    multiply(own, y[rank * rows : (rank + 1) * rows])
-    for handle in handles:
-        handle.wait()
-    for part in (slice(0, rank * rows), slice((rank + 1) * rows, None)):
-        if y[part].shape[0]:
-            multiply(tuple(t[part] for t in wholes), y[part])
-    return y, wholes
+                       group: dist.ProcessGroup) -> tuple[Tensor, list[tuple[int, Operand]]]:
+    """The product of all ranks' rows [ranks · rows, width], and each other rank with its rows."""
+    out = torch.empty(group.size(), own[0].shape[0], width, dtype=dtype, device=own[0].device)
+    others = sending(group, own[0].device)
+    for step in range(1, group.size()):
+        others.to(step, own)
+    multiply(own, out[group.rank()])
+    received = others.received()
+    for rank, theirs in received:
+        multiply(theirs, out[rank])
+    return out.flatten(0, 1), received
 
 
 def _multiply_scattered(operand: Operand, multiply: Callable[[Operand, Tensor], None], width: int, dtype: torch.dtype,
-                        group: dist.ProcessGroup) -> tuple[Tensor, list[Any]]:
-    """This rank's rows of the ranks' products' sum [rows / ranks, width], and what to wait for before they are read."""
-    operand = tuple(t.unflatten(0, (group.size(), -1)) for t in operand)
-    ranks, rows = operand[0].shape[:2]
-    own, handles = torch.empty(rows, width, dtype=dtype, device=operand[0].device), []
-    pieces = max(1, min(PIECES, rows // PIECE_ROWS))
-    for piece, *parts in zip(own.tensor_split(pieces), *(t.tensor_split(pieces, 1) for t in operand), strict=True):
-        made = piece.new_empty(ranks, *piece.shape)
-        for rank in range(ranks):
-            multiply(tuple(t[rank] for t in parts), made[rank])
-        handles.append(dist.reduce_scatter_tensor(piece, made.flatten(0, 1), group=group, async_op=True))
-    return own, handles
+                        group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the ranks' products' sum [rows / ranks, width]."""
+    parts = list(zip(*(t.unflatten(0, (group.size(), -1)) for t in operand), strict=True))
+
+    def product(rank: int) -> Tensor:
+        out = torch.empty(parts[rank][0].shape[0], width, dtype=dtype, device=operand[0].device)
+        multiply(parts[rank], out)
+        return out
+
+    others = sending(group, operand[0].device)
+    for step in range(1, group.size()):
+        others.to(step, (product((group.rank() + step) % group.size()),))
+    own = product(group.rank())
+    for _, (theirs,) in others.received():
+        own += theirs
+    return own
 
 
 def weight_gradient(x: Tensor, dy: Tensor, total: Tensor | None) -> Tensor | None:
@@ -85,11 +78,21 @@ def weight_gradient(x: Tensor, dy: Tensor, total: Tensor | None) -> Tensor | Non
     return None
 
 
+def _weight_gradients(pairs: list[tuple[Tensor, Tensor]], total: Tensor | None) -> Tensor | None:
+    """The same of the ranks' rows, each rank's x and dy."""
+    if total is None:
+        return sum(dy.t() @ x for x, dy in pairs)
+    for x, dy in pairs[:-1]:
+        weight_gradient(x, dy, total.detach())           # another tensor: `total` may tell when its gradient is made
+    return weight_gradient(*pairs[-1], total)
+
+
 class _Column(torch.autograd.Function):
     """x [s / ranks, b, in] → [s, b, out / ranks]. Only x is kept, and gathered again for the weight's gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, products, total, group):
+        x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.products, ctx.total, ctx.group = products, total, group
         y, _ = _multiply_gathered(products.operand(x.flatten(0, 1)), products.forward, weight.shape[0], x.dtype, group)
@@ -98,15 +101,15 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, = ctx.saved_tensors
-        batch, products = x.shape[1], ctx.products
+        batch, products, group = x.shape[1], ctx.products, ctx.group
         x, dy = x.flatten(0, 1), dy.flatten(0, 1).contiguous()
-        whole, there = gathered(x, ctx.group)
-        dx, handles = _multiply_scattered(products.operand(dy), products.backward, x.shape[1], x.dtype, ctx.group)
-        there.wait()
-        dw = weight_gradient(whole, dy, ctx.total)
-        for handle in handles:
-            handle.wait()
-        return dx.unflatten(0, (-1, batch)), dw, None, None, None
+        others = sending(group, x.device)
+        for step in range(1, group.size()):
+            others.to(step, (x,))
+        dx = _multiply_scattered(products.operand(dy), products.backward, x.shape[1], x.dtype, group)
+        rows = dy.unflatten(0, (group.size(), -1))
+        pairs = [(x, rows[group.rank()]), *((theirs, rows[rank]) for rank, (theirs,) in others.received())]
+        return dx.unflatten(0, (-1, batch)), _weight_gradients(pairs, ctx.total), None, None, None
 
 
 class _Row(torch.autograd.Function):
@@ -116,20 +119,18 @@ class _Row(torch.autograd.Function):
     def forward(ctx, x, weight, products, total, group):
         ctx.save_for_backward(x)
         ctx.products, ctx.total, ctx.group = products, total, group
-        y, handles = _multiply_scattered(products.operand(x.flatten(0, 1)), products.forward, weight.shape[0], x.dtype,
-                                         group)
-        for handle in handles:
-            handle.wait()
+        y = _multiply_scattered(products.operand(x.flatten(0, 1)), products.forward, weight.shape[0], x.dtype, group)
         return y.unflatten(0, (-1, x.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
         x, = ctx.saved_tensors
-        products = ctx.products
-        dx, (whole,) = _multiply_gathered((dy.flatten(0, 1).contiguous(),), lambda own, out: products.backward(
-            products.operand(own[0]), out), x.shape[2], x.dtype, ctx.group)
-        dw = weight_gradient(x.flatten(0, 1), whole, ctx.total)
-        return dx.view_as(x), dw, None, None, None
+        products, group, dy = ctx.products, ctx.group, dy.flatten(0, 1).contiguous()
+        dx, received = _multiply_gathered((dy,), lambda own, out: products.backward(products.operand(own[0]), out),
+                                          x.shape[2], x.dtype, group)
+        rows = x.flatten(0, 1).unflatten(0, (group.size(), -1))
+        pairs = [(rows[group.rank()], dy), *((rows[rank], theirs) for rank, (theirs,) in received)]
+        return dx.view_as(x), _weight_gradients(pairs, ctx.total), None, None, None
 
 
 class _SequenceParallel:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from based_mp.errors import UserError
+from based_mp.parallel import exchange
 
 # (rank, world size, local rank) in each launcher's environment; the first that is complete is used.
 _LAUNCHERS = [
@@ -120,6 +121,7 @@ def initialize(tensor_parallel_size: int = 1, *, device: str = "auto", seed: int
 
 def destroy() -> None:
     """Leave the process groups; safe to call twice."""
+    exchange.forget()
     from megatron.core import parallel_state
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

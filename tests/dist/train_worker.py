@@ -22,7 +22,6 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from based_mp.config import Config  # noqa: E402
-from based_mp.model import linear  # noqa: E402
 from based_mp.parallel import state  # noqa: E402
 from tests.models import tiny_config  # noqa: E402
 
@@ -96,7 +95,6 @@ def broken(fault: str) -> list[Any]:
 
 
 def main(out: Path, cases: list[dict[str, Any]]) -> None:
-    linear.PIECE_ROWS = 5                        # sequence parallelism sends sums in up to four pieces
     results = []
     for case in cases:
         changes = {"training": {"steps": case["steps"]}, **case["changes"]}
