@@ -70,21 +70,13 @@ def _multiply_scattered(operand: Operand, multiply: Callable[[Operand, Tensor], 
     return own
 
 
-def weight_gradient(x: Tensor, dy: Tensor, total: Tensor | None) -> Tensor | None:
-    """dyᵀ x of x [tokens, in], dy [tokens, out]; None where it was added to `total`, the optimizer's sum."""
+def weight_gradient(x: Tensor, dy: Tensor, total: Tensor | None, *more: tuple[Tensor, Tensor]) -> Tensor | None:
+    """dyᵀ x of x [tokens, in], dy [tokens, out], and of `more` such pairs, all summed; None where that was added to
+    `total`, the optimizer's sum."""
     if total is None:
-        return dy.t() @ x
-    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, dy, total)
+        return sum((dy.t() @ x for x, dy in more), dy.t() @ x)
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, dy, total, *more)
     return None
-
-
-def _weight_gradients(pairs: list[tuple[Tensor, Tensor]], total: Tensor | None) -> Tensor | None:
-    """The same of the ranks' rows, each rank's x and dy."""
-    if total is None:
-        return sum(dy.t() @ x for x, dy in pairs)
-    for x, dy in pairs[:-1]:
-        weight_gradient(x, dy, total.detach())           # another tensor: `total` may tell when its gradient is made
-    return weight_gradient(*pairs[-1], total)
 
 
 class _Column(torch.autograd.Function):
@@ -108,8 +100,8 @@ class _Column(torch.autograd.Function):
             others.to(step, (x,))
         dx = _multiply_scattered(products.operand(dy), products.backward, x.shape[1], x.dtype, group)
         rows = dy.unflatten(0, (group.size(), -1))
-        pairs = [(x, rows[group.rank()]), *((theirs, rows[rank]) for rank, (theirs,) in others.received())]
-        return dx.unflatten(0, (-1, batch)), _weight_gradients(pairs, ctx.total), None, None, None
+        more = [(theirs, rows[rank]) for rank, (theirs,) in others.received()]
+        return dx.unflatten(0, (-1, batch)), weight_gradient(x, rows[group.rank()], ctx.total, *more), None, None, None
 
 
 class _Row(torch.autograd.Function):
@@ -129,8 +121,8 @@ class _Row(torch.autograd.Function):
         dx, received = _multiply_gathered((dy,), lambda own, out: products.backward(products.operand(own[0]), out),
                                           x.shape[2], x.dtype, group)
         rows = x.flatten(0, 1).unflatten(0, (group.size(), -1))
-        pairs = [(rows[group.rank()], dy), *((rows[rank], theirs) for rank, (theirs,) in received)]
-        return dx.view_as(x), _weight_gradients(pairs, ctx.total), None, None, None
+        more = [(rows[rank], theirs) for rank, (theirs,) in received]
+        return dx.view_as(x), weight_gradient(rows[group.rank()], dy, ctx.total, *more), None, None, None
 
 
 class _SequenceParallel:

@@ -9,7 +9,7 @@ clipping and the test for infinities happen inside the fused AdamW, and the host
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,17 +23,22 @@ from torch import Tensor
 from based_mp.training.sharded_gradients import ShardedGradients
 
 
-def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
-    """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in].
+def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor, *more: tuple[Tensor, Tensor]) -> None:
+    """total += dyᵀ x, of `more` pairs too. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in].
 
-    Where `total` has a function `made`, it is called then.
+    Where `total` has a function `made` it is overwritten instead, and that is called (`ShardedGradients`).
     """
-    if total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, dy.t(), x, torch.float32, out=total)
-    else:
-        total.add_(dy.t() @ x)
-    if hasattr(total, "made"):
-        total.made()
+    made = getattr(total, "made", None)
+    for i, (inputs, gradients) in enumerate(((x, dy), *more)):
+        add = i > 0 or made is None
+        if total.is_cuda:
+            torch.ops.aten.addmm.dtype_out(total, gradients.t(), inputs, torch.float32, beta=int(add), out=total)
+        elif add:
+            total.add_(gradients.t() @ inputs)
+        else:
+            total.copy_(gradients.t() @ inputs)
+    if made is not None:
+        made()
 
 
 class FusedBF16Optimizer(BF16_Optimizer):
@@ -51,15 +56,11 @@ class FusedBF16Optimizer(BF16_Optimizer):
             if hasattr(module, "gradient_accumulation_fusion"):
                 module.gradient_accumulation_fusion = True
 
-    def shard_gradients(self, model: torch.nn.Module) -> None:
+    def shard_gradients(self) -> None:
         """ZeRO-2 for the first group, the matrices; what the others hold is too little to cut."""
         kept = self.fp32_groups_gradient_flat_partition[0].clone()
         named = ((self.param_names[p], p) for p in self.bf16_groups[0])
         self.sharded = ShardedGradients(named, kept, self.dp_process_group)
-        for module in model.modules():
-            weight = getattr(module, "weight", None)               # none in an LM head that shares the embedding's
-            if hasattr(module, "gradient_accumulation_fusion") and weight is not None:
-                weight.main_grad.made = partial(self.sharded.made, weight)
         self.fp32_groups_gradients[0] = self.fp32_groups_gradient_dict[0] = [p.main_grad for p in self.bf16_groups[0]]
         for sums in (self.fp32_groups_gradients_flat, self.fp32_groups_actual_gradients_flat,
                      self.fp32_groups_gradient_flat_partition, self.non_expert_gradients):
@@ -69,17 +70,19 @@ class FusedBF16Optimizer(BF16_Optimizer):
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Any, group_idx: int, param_idx: int) -> None:
         """Of each parameter whose gradient autograd has made."""
         if lp_param.grad is not None:
-            lp_param.main_grad.add_(lp_param.grad)
-            lp_param.grad = None
-            if self.sharded is not None and group_idx == 0:
-                self.sharded.made(lp_param)
+            gradient, lp_param.grad = lp_param.grad, None
+            if hasattr(lp_param.main_grad, "made"):
+                lp_param.main_grad.copy_(gradient)
+                lp_param.main_grad.made()
+            else:
+                lp_param.main_grad.add_(gradient)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clips and steps; a step whose gradients are not all finite changes nothing."""
         ranks = dist.get_world_size(self.dp_process_group)
         if self.sharded is not None:
-            self.sharded.check_complete()
+            self.sharded.finish()
         if ranks > 1:
             for total, own in zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition,
                                   strict=True):
@@ -137,5 +140,5 @@ def fuse(engine: Any, *, shard_gradients: bool = False) -> None:
         engine.optimizer.__class__ = FusedBF16Optimizer
         engine.optimizer.fuse_weight_gradients(engine.module)
         if shard_gradients and engine.dp_world_size > 1:
-            engine.optimizer.shard_gradients(engine.module)
+            engine.optimizer.shard_gradients()
         engine.enable_backward_allreduce = False               # the optimizer sums over the ranks
