@@ -72,8 +72,32 @@ def norm(dtype, residual, rows, width, device):
     compare(lambda x, w: add_rms_norm(x, None, w)[1:], lambda x, w: (rms(x, w),), [x.detach(), make(width)], limit)
 
 
+def norm_adds_to_sums(rows, width, device):
+    """The gradients of weight and bias in the optimizer's fp32 sums, twice, and nowhere else."""
+    x, delta, weight, bias, dy = (randn(*shape, dtype=torch.bfloat16, device=device).requires_grad_()
+                                  for shape in ((rows, width), (rows, width), (width,), (width,), (rows, width)))
+    start = randn(2, width + 3, dtype=torch.float32, device=device)[:, 3:].clone()
+    for shared in (True, False):
+        for parameter, total in zip((weight, bias), start, strict=True):
+            parameter.main_grad = total.clone()
+        doubles = [t.detach().double().requires_grad_() for t in ((x, delta, weight, bias) if shared else (x, weight))]
+        for _ in range(2):
+            y = add_rms_norm(x, delta, weight, bias=bias)[1] if shared else add_rms_norm(x, None, weight)[1]
+            got = torch.autograd.grad(y, (x, weight, bias), dy, allow_unused=True)
+            assert got[1] is None and got[2] is None
+        expected = rms(sum(doubles[i] for i in (0, 1, 3)) if shared else doubles[0], doubles[2 if shared else 1])
+        truth = torch.autograd.grad(expected, doubles, dy.double())
+        assert error(got[0], truth[0]) < LIMITS[torch.bfloat16]
+        # h is rounded to bf16 before its norm; of the sums only fp32's rounding is left where there is no addition.
+        assert error(weight.main_grad, start[0].double() + 2 * truth[2 if shared else 1]) < (8e-3 if shared else 2e-5)
+        assert error(bias.main_grad, start[1].double() + 2 * truth[3] if shared else start[1].double()) < 8e-3
+
+
 def check_norm(device="cpu", scale=1):
-    for rows, width in [(1, 8), (3, 40), (11 * scale, 200), (600 * scale, 16), (7 * scale, 1792)]:
+    for rows, width in [(5 * scale, 40), (600 * scale, 24)]:      # parts that one tile holds, and more
+        norm_adds_to_sums(rows, width, device)
+    norm(torch.bfloat16, torch.float32, 600 * scale, 16, device)
+    for rows, width in [(1, 8), (3, 40), (11 * scale, 200), (7 * scale, 1792)]:
         norm(torch.float32, torch.float32, rows, width, device)
         norm(torch.bfloat16, torch.bfloat16, rows, width, device)
         norm(torch.bfloat16, torch.float32, rows, width, device)

@@ -1,7 +1,7 @@
 """Taylor linear attention in CUDA (csrc/taylor_*.cu): two torch.library ops, their fake versions and autograd.
 
-q, k and v are read where a projection leaves them, side by side in qkv [batch, seq, heads, 2·feature_dim + head_dim], and
-their gradients written the same way. o and the gradient lie in memory as [seq, batch, heads, …], as the projections
+q, k and v are read where a projection leaves them, side by side in qkv [batch, seq, heads, 2·feature_dim + head_dim],
+and their gradients written the same way. o and the gradient lie in memory as [seq, batch, heads, …], as the projections
 around them do, so that none of them is copied.
 
 The sequence of every head is cut into segments so that the grid fills the GPU; `_states` says how the state reaches

@@ -61,6 +61,26 @@ def norm_backward(dy, dh, h, weight, rstd, dx, ddelta, dweight, dbias, rows, wid
 
 
 @triton.jit
+def add_sums(parts, dweight, dbias, width, COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+             COLUMNS: tl.constexpr):
+    """dweight, and with HAS_BIAS dbias [width] += the sums over COUNT of parts [1 or 2, COUNT, width]."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    total = dweight
+    if HAS_BIAS:
+        if tl.program_id(1) == 1:
+            total = dbias
+    parts += tl.program_id(1) * COUNT * width
+    summed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, COUNT, ROWS):
+        row = first + tl.arange(0, ROWS)
+        summed += tl.load(parts + row[:, None] * width + column[None, :], mask=(row < COUNT)[:, None] & inside[None, :],
+                          other=0.0)
+    before = tl.load(total + column, mask=inside, other=0.0)
+    tl.store(total + column, before + tl.sum(summed, 0), mask=inside)
+
+
+@triton.jit
 def swiglu_forward(x, y, width, BLOCK: tl.constexpr):
     """y = silu(a) · b of a row block, a | b = x."""
     row = tl.program_id(0).to(tl.int64)
