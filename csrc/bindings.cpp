@@ -55,7 +55,7 @@ void gated_conv(bool backward, const std::array<int64_t, 12>& p, const std::arra
     a.x = pointer<void>(p[0]); a.weight = pointer<void>(p[1]); a.bias = pointer<void>(p[2]);
     a.cu_seqlens = pointer<int>(p[3]); a.carry = pointer<void>(p[4]); a.carry_out = pointer<void>(p[5]);
     a.y = pointer<void>(p[6]); a.dy = pointer<void>(p[7]); a.dx = pointer<void>(p[8]);
-    a.partial = pointer<float>(p[9]); a.dweight = pointer<void>(p[10]); a.dbias = pointer<void>(p[11]);
+    a.partial = pointer<float>(p[9]); a.dweight = pointer<float>(p[10]); a.dbias = pointer<float>(p[11]);
     a.seq = sizes[0]; a.batch = sizes[1]; a.channels = sizes[2]; a.docs = sizes[3]; a.dtype = sizes[4];
     a.stream = pointer<void>(stream);
     const int code = backward ? gated_conv_backward(&a) : gated_conv_forward(&a);
