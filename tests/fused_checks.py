@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from based_mp.ops import backends
 from based_mp.ops.fused.cross_entropy import cross_entropy
+from based_mp.ops.fused.embedding import embedding
 from based_mp.ops.fused.norm import add_rms_norm
 from based_mp.ops.fused.rotary_attention import pack_gradients, rope_tables, rotate
 from based_mp.ops.fused.swiglu import swiglu
@@ -103,6 +104,29 @@ def check_norm(device="cpu", scale=1):
         norm(torch.bfloat16, torch.float32, rows, width, device)
 
 
+def check_embedding(device="cpu", scale=1):
+    for dtype in LIMITS:
+        for batch, seq, rows, width, first in [(1, 1, 3, 8, 0), (2, 9, 7, 40, 5), (3, 40 * scale, 50 * scale, 24, 0)]:
+            tokens = torch.randint(0, first + rows + 3, (batch, seq))
+            tokens[:, seq // 4 : 3 * seq // 4] = first + rows - 1        # more than a tile
+            tokens, weight = tokens.to(device), randn(rows, width, dtype=dtype, device=device)
+            dy = randn(seq, batch, width, dtype=dtype, device=device)
+
+            def reference(w, tokens=tokens, first=first, rows=rows, width=width):
+                whole = torch.cat([w.new_zeros(first, width), w, w.new_zeros(3, width)])
+                return (F.embedding(tokens.t(), whole),)
+
+            compare(lambda w, tokens=tokens, first=first: (embedding(tokens, w, first),), reference, [weight],
+                    LIMITS[dtype])
+            double = weight.detach().double().requires_grad_()
+            truth, = torch.autograd.grad(reference(double), double, dy.double())
+            start = randn(rows, width, dtype=torch.float32, device=device)
+            weight.main_grad = start.clone()
+            for _ in range(2):
+                embedding(tokens, weight, first).backward(dy)
+            assert weight.grad is None and error(weight.main_grad, start.double() + 2 * truth) < 1e-6
+
+
 def swiglu_reference(x):
     a, b = x.chunk(2, -1)
     return (F.silu(a) * b,)
@@ -158,6 +182,24 @@ def check_selective_scan(device="cpu", scale=1):
             # What underflows has no relative error: decays stay above e^-3 a token.
             inputs = [x, delta.sigmoid(), -3 * a.sigmoid(), b, c, initial]
             compare(selective_scan, recurrences.selective_scan, inputs, LIMITS[dtype])
+
+
+def check_training(device="cpu", scale=1):
+    """An optimizer step of the small model, gradients of a layer and of the shared embedding in ZeRO-2's buffers: its
+    first moments, beside those of plain torch."""
+    from based_mp.parallel import state
+    from based_mp.training import bf16_optimizer
+    from tests.parity.test_bf16_optimizer import train
+    ranks, fuse, moments = state.initialize(device=device), bf16_optimizer.fuse, []
+
+    def sharding(engine, **_):
+        fuse(engine)
+        engine.optimizer.shard_gradients(engine.module)
+
+    for backends.TORCH_ONLY, bf16_optimizer.fuse in ((True, fuse), (False, sharding)):
+        optimizer = train(ranks, 1)[0].optimizer
+        moments.append([optimizer.state[w]["exp_avg"] for w in optimizer.fp32_groups_flat_partition])
+    assert all(error(a, b.double()) < 0.03 for a, b in zip(*reversed(moments), strict=True))
 
 
 if __name__ == "__main__":

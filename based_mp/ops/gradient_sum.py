@@ -1,9 +1,15 @@
-"""Gradients of parameters that are not matrices, added to the optimizer's fp32 sums by the kernels that make them."""
+"""Gradients that are added to the optimizer's fp32 sums (`main_grad`) by the kernels that make them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def made(total: Tensor) -> None:
+    """To be called when a gradient has been added to the optimizer's `total`, which may want to know (ZeRO-2)."""
+    if hasattr(total, "made"):
+        total.made()
 
 
 class GradientSum:
@@ -23,6 +29,5 @@ class GradientSum:
         """For autograd, once the gradient is in `total`: None where that is the optimizer's."""
         if self.kept is None:
             return total.to(self.dtype)
-        if hasattr(self.kept, "made"):
-            self.kept.made()
+        made(self.kept)
         return None

@@ -1,10 +1,11 @@
 """DeepSpeed's bf16 optimizer (ZeRO-1: fp32 sums, master weights and states) with fewer passes over the gradients.
 
 A linear layer's weight gradient is added to the fp32 sum by the matrix product that computes it, so that it never
-exists in bf16 (megatron-core's gradient_accumulation_fusion); every other gradient is added by one kernel. Each
-data-parallel rank gets the sums of its partition alone: with ZeRO-1 by one reduce-scatter a step (where DeepSpeed
-all-reduces), with ZeRO-2, of matrices, during every backward pass. The gradient norm takes a few kernels, averaging,
-clipping and the test for infinities happen inside the fused AdamW, and the host never waits for the GPU.
+exists in bf16 (megatron-core's gradient_accumulation_fusion); those of norms, convolutions and the embedding by their
+kernels (`based_mp.ops.gradient_sum`); every other gradient by one kernel more. Each data-parallel rank gets the sums of
+its partition alone: with ZeRO-1 by one reduce-scatter a step (where DeepSpeed all-reduces), with ZeRO-2, of matrices,
+during every backward pass. The gradient norm takes a few kernels, averaging, clipping and the test for infinities
+happen inside the fused AdamW, and the host never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -20,20 +21,17 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from based_mp.ops.gradient_sum import made
 from based_mp.training.sharded_gradients import ShardedGradients
 
 
 def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor) -> None:
-    """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in].
-
-    Where `total` has a function `made`, it is called then.
-    """
+    """total += dyᵀ x. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in]."""
     if total.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, dy.t(), x, torch.float32, out=total)
     else:
         total.add_(dy.t() @ x)
-    if hasattr(total, "made"):
-        total.made()
+    made(total)
 
 
 class FusedBF16Optimizer(BF16_Optimizer):
@@ -55,11 +53,10 @@ class FusedBF16Optimizer(BF16_Optimizer):
         """ZeRO-2 for the first group, the matrices; what the others hold is too little to cut."""
         kept = self.fp32_groups_gradient_flat_partition[0].clone()
         named = ((self.param_names[p], p) for p in self.bf16_groups[0])
-        self.sharded = ShardedGradients(named, kept, self.dp_process_group)
-        for module in model.modules():
-            weight = getattr(module, "weight", None)               # none in an LM head that shares the embedding's
-            if hasattr(module, "gradient_accumulation_fusion") and weight is not None:
-                weight.main_grad.made = partial(self.sharded.made, weight)
+        shared = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+        self.sharded = ShardedGradients(named, kept, self.dp_process_group, twice=shared)
+        for parameter in self.bf16_groups[0]:
+            parameter.main_grad.made = partial(self.sharded.made, parameter)
         self.fp32_groups_gradients[0] = self.fp32_groups_gradient_dict[0] = [p.main_grad for p in self.bf16_groups[0]]
         for sums in (self.fp32_groups_gradients_flat, self.fp32_groups_actual_gradients_flat,
                      self.fp32_groups_gradient_flat_partition, self.non_expert_gradients):
@@ -71,8 +68,7 @@ class FusedBF16Optimizer(BF16_Optimizer):
         if lp_param.grad is not None:
             lp_param.main_grad.add_(lp_param.grad)
             lp_param.grad = None
-            if self.sharded is not None and group_idx == 0:
-                self.sharded.made(lp_param)
+            made(lp_param.main_grad)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -21,9 +21,11 @@ class ShardedGradients:
 
     named: the group's parameters in order; each gets its place in a buffer as `main_grad`, fp32 and of its shape.
     kept: fp32 [partition], this rank's sums, to be zeroed after a step.
+    twice: the parameter that gets two gradients a pass, of the embedding and of the LM head that shares it.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Parameter]], kept: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, named: Iterable[tuple[str, Parameter]], kept: Tensor, group: dist.ProcessGroup, *,
+                 twice: Parameter | None = None) -> None:
         self.kept, self.group = kept, group
         self.stream = torch.cuda.Stream() if kept.is_cuda else None
         parts = [list(part) for _, part in itertools.groupby(named, lambda item: _layer(item[0]) or item[0])]
@@ -34,7 +36,7 @@ class ShardedGradients:
         starts = itertools.accumulate(sizes[:-1], initial=0)
         for i, (part, size, first) in enumerate(zip(parts, sizes, starts, strict=True)):
             buffer = turns[i % 2, :size] if i in layers else kept.new_zeros(size)
-            self.buckets.append(_Bucket([p for _, p in part], buffer, first))
+            self.buckets.append(_Bucket([p for _, p in part], buffer, first, twice))
         self.turns = [self.buckets[i] for i in layers]
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self._begin()
@@ -45,10 +47,10 @@ class ShardedGradients:
         self.order = self.turns.copy()
         self.before: torch.cuda.Event | None = None
         for bucket in self.buckets:
-            bucket.left = len(bucket.parameters)
+            bucket.left = bucket.gradients
 
     def made(self, parameter: Parameter) -> None:
-        """To be called when backward has added the gradient of `parameter` to its `main_grad`, of each once."""
+        """To be called when backward has added the gradient of `parameter` to its `main_grad`."""
         bucket = self.bucket_of[parameter]
         bucket.left -= 1
         if bucket.left:
@@ -74,7 +76,7 @@ class ShardedGradients:
 
     def check_complete(self) -> None:
         """RuntimeError where the last backward pass left out a parameter: its bucket would be missing in the sums."""
-        if self.left < len(self.buckets) or any(b.left < len(b.parameters) for b in self.buckets):
+        if self.left < len(self.buckets) or any(b.left < b.gradients for b in self.buckets):
             raise RuntimeError("backward made no gradient of some parameters, which ZeRO-2 waits for: set "
                                "parallel.zero_stage=1")
 
@@ -94,8 +96,9 @@ class ShardedGradients:
 class _Bucket:
     """Parameters whose gradients travel together; `first`: where they begin in the group."""
 
-    def __init__(self, parameters: list[Parameter], buffer: Tensor, first: int) -> None:
+    def __init__(self, parameters: list[Parameter], buffer: Tensor, first: int, twice: Parameter | None) -> None:
         self.parameters, self.buffer, self.first = parameters, buffer, first
+        self.gradients = len(parameters) + sum(p is twice for p in parameters)     # of a backward pass
         for parameter, part in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
             parameter.main_grad = part.view(parameter.shape)
 

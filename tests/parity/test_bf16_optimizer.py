@@ -102,24 +102,24 @@ def test_what_a_destroyed_engine_held_is_freed(ranks, zero):
     assert len(held) > 30 and not any(reference() is not None for reference in held)
 
 
-def sharded(names, ranks):
+def sharded(names, ranks, twice=None):
     """Gradients of two values each, all of them kept by the one rank."""
     parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in names}
-    kept = torch.zeros(2 * len(names))
-    return parameters, ShardedGradients(parameters.items(), kept, parallel_state.get_data_parallel_group())
+    kept, group = torch.zeros(2 * len(names)), parallel_state.get_data_parallel_group()
+    return parameters, ShardedGradients(parameters.items(), kept, group, twice=parameters.get(twice))
 
 
 def test_sharded_gradients_of_layers_share_two_buffers(ranks):
     names = ["embedding.weight", *(f"decoder.layers.{i}.{part}.weight" for i in range(3) for part in "ab")]
-    parameters, gradients = sharded(names, ranks)
+    parameters, gradients = sharded(names, ranks, twice=names[0])
     starts = [p.main_grad.data_ptr() for p in parameters.values()]
     assert starts[1] == starts[5] and starts[2] == starts[6] and len(set(starts)) == 5
-    for micro_batch in (1, 2):
-        for i, name in reversed(list(enumerate(names))):
+    for micro_batch in (1, 2):                  # the LM head's, which shares the embedding, comes before all others
+        for i, name in [(10, names[0]), *reversed(list(enumerate(names)))]:
             parameters[name].main_grad += micro_batch * i
             gradients.made(parameters[name])
         gradients.check_complete()
-    assert gradients.kept.tolist() == [3 * i for i in range(7) for _ in range(2)]
+    assert gradients.kept.tolist() == [3 * (i or 10) for i in range(7) for _ in range(2)]
     assert not any(p.main_grad.any() for p in parameters.values())
 
 

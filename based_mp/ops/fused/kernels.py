@@ -81,6 +81,43 @@ def add_sums(parts, dweight, dbias, width, COUNT: tl.constexpr, HAS_BIAS: tl.con
 
 
 @triton.jit
+def read_rows(tokens, weight, y, first, batch, seq, rows, width, BLOCK: tl.constexpr):
+    """y [seq, batch, width]: the row of weight [rows, width] of one of tokens [batch, seq], zeros where it has none."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(tokens + place % batch * seq + place // batch) - first
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    own = inside & (row >= 0) & (row < rows)
+    tl.store(y + place * width + column, tl.load(weight + row * width + column, mask=own, other=0.0), mask=inside)
+
+
+@triton.jit
+def add_rows(dy, tokens, places, total, first, count, rows, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """total [rows, width] += the rows of dy at all places of a token, by the program of the first of them in `tokens`.
+
+    tokens [count]: sorted; places: where in dy each was.
+    """
+    i = tl.program_id(0)
+    token = tl.load(tokens + i)
+    before = tl.load(tokens + i - 1, mask=i > 0, other=-1)
+    row = token - first
+    if (token != before) & (row >= 0) & (row < rows):
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        summed = tl.zeros([TILE, BLOCK], tl.float32)
+        at = i + tl.arange(0, TILE)
+        same = tl.load(tokens + at, mask=at < count, other=-1) == token
+        while tl.max(same.to(tl.int32), 0) > 0:
+            place = tl.load(places + at, mask=same, other=0)
+            summed += tl.load(dy + place[:, None] * width + column[None, :], mask=same[:, None] & inside[None, :],
+                              other=0.0).to(tl.float32)
+            at += TILE
+            same = tl.load(tokens + at, mask=at < count, other=-1) == token
+        to = total + row.to(tl.int64) * width + column
+        tl.store(to, tl.load(to, mask=inside, other=0.0) + tl.sum(summed, 0), mask=inside)
+
+
+@triton.jit
 def swiglu_forward(x, y, width, BLOCK: tl.constexpr):
     """y = silu(a) · b of a row block, a | b = x."""
     row = tl.program_id(0).to(tl.int64)
