@@ -44,11 +44,13 @@ def norm_backward(dy, dh, h, weight, rstd, dx, ddelta, dweight, dbias, rows, wid
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
         normed = tl.load(h + row * width + column, mask=here, other=0.0).to(tl.float32) * scale
         g = tl.load(dy + row * width + column, mask=here, other=0.0).to(tl.float32)
+        if HAS_DH:                                       # asked for before the row's sum, which waits for all threads
+            residual = tl.load(dh + row * width + column, mask=here, other=0.0).to(tl.float32)
         sum_weight += g * normed
         g = g * w
         grad = scale * (g - normed * (tl.sum(g * normed, 0) / width))
         if HAS_DH:
-            grad += tl.load(dh + row * width + column, mask=here, other=0.0).to(tl.float32)
+            grad += residual
         tl.store(dx + row * width + column, grad.to(dx.dtype.element_ty), mask=here)
         if TWO_TYPES:
             tl.store(ddelta + row * width + column, grad.to(ddelta.dtype.element_ty), mask=here)

@@ -9,8 +9,8 @@ from torch import Tensor
 from based_mp.ops import backends
 from based_mp.ops.gradient_sum import GradientSum
 
-PROGRAMS = 1056      # of the backward pass, 8 for each multiprocessor of an H100: parts of the weight's gradient
-ROWS, COLUMNS = 512, 16                                      # of these parts, that a program adds at a time
+WARPS = 132 * 32         # of the backward pass, what an H100 holds at once with 64 registers a thread
+ROWS, COLUMNS = 512, 16                       # of the parts of the weight's gradient that a program adds at a time
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, bias: Tensor | None = None,
@@ -71,13 +71,14 @@ class _AddNorm(torch.autograd.Function):
         dx = torch.empty_like(h)
         two = ctx.delta_dtype not in (None, h.dtype)
         ddelta = torch.empty(h.shape, dtype=ctx.delta_dtype, device=h.device) if two else dx
-        each = -(-rows // PROGRAMS)
+        warps = max(4, min(16, block // 256))              # 8 values a thread, or they need more registers
+        each = -(-rows // (WARPS // warps))
         programs = -(-rows // each)
         parts = torch.empty(len(ctx.sums), programs, width, dtype=torch.float32, device=h.device)
         biased = len(ctx.sums) == 2
         kernels.norm_backward[(programs,)](
             dy.contiguous(), dh, h, weight, rstd, dx, ddelta, parts[0], parts[-1], rows, width, ROWS_EACH=each,
-            HAS_DH=dh is not None, TWO_TYPES=two, HAS_BIAS=biased, BLOCK=block, num_warps=_warps(block))
+            HAS_DH=dh is not None, TWO_TYPES=two, HAS_BIAS=biased, BLOCK=block, num_warps=warps)
         totals = [s.total((width,), h.device) for s in ctx.sums]
         kernels.add_sums[(triton.cdiv(width, COLUMNS), len(totals))](
             parts, totals[0], totals[-1], width, COUNT=programs, HAS_BIAS=biased, ROWS=ROWS, COLUMNS=COLUMNS,
