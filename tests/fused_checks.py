@@ -106,9 +106,10 @@ def check_norm(device="cpu", scale=1):
 
 def check_embedding(device="cpu", scale=1):
     for dtype in LIMITS:
-        for batch, seq, rows, width, first in [(1, 1, 3, 8, 0), (2, 9, 7, 40, 5), (3, 40 * scale, 50 * scale, 24, 0)]:
+        for batch, seq, rows, width, first in [(1, 1, 3, 8, 0), (2, 9, 7, 40, 5), (1, 300, 1, 8, 0), (2, 128, 1, 8, 3),
+                                                (3, 150 * scale, 50 * scale, 24, 0)]:
             tokens = torch.randint(0, first + rows + 3, (batch, seq))
-            tokens[:, seq // 4 : 3 * seq // 4] = first + rows - 1        # more than a tile
+            tokens[:, seq // 4 : 3 * seq // 4] = first + rows - 1        # more than a piece
             tokens, weight = tokens.to(device), randn(rows, width, dtype=dtype, device=device)
             dy = randn(seq, batch, width, dtype=dtype, device=device)
 

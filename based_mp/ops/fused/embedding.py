@@ -8,6 +8,7 @@ from torch import Tensor
 from based_mp.ops.gradient_sum import GradientSum
 
 TILE = 8192                                   # values that a program of the backward pass adds at a time
+PIECE = 128                                   # sorted tokens; what one piece has of a token is the sum of one program
 
 
 def embedding(tokens: Tensor, weight: Tensor, first: int) -> Tensor:
@@ -45,6 +46,10 @@ class _Embedding(torch.autograd.Function):
         tokens, places = tokens.t().to(torch.int32, memory_format=torch.contiguous_format).view(-1).sort(stable=True)
         total = ctx.sum.total(ctx.shape, dy.device)
         count = tokens.numel()
-        kernels.add_rows[(count,)](dy.contiguous(), tokens, places, total, ctx.first, count, rows, width,
-                                   TILE=max(1, TILE // block), BLOCK=block, num_warps=4)
+        pieces = triton.cdiv(count, PIECE)
+        parts = torch.empty(pieces, 2, width, dtype=torch.float32, device=dy.device)
+        kernels.add_rows[(count,)](dy.contiguous(), tokens, places, total, parts, ctx.first, count, rows, width,
+                                   PIECE=PIECE, TILE=max(1, TILE // block), BLOCK=block, num_warps=4)
+        kernels.add_long_rows[(pieces,)](parts, tokens, total, ctx.first, count, rows, width, PIECE=PIECE, BLOCK=block,
+                                         num_warps=4)
         return None, ctx.sum.gradient(total), None

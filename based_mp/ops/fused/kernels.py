@@ -94,29 +94,60 @@ def read_rows(tokens, weight, y, first, batch, seq, rows, width, BLOCK: tl.const
 
 
 @triton.jit
-def add_rows(dy, tokens, places, total, first, count, rows, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """total [rows, width] += the rows of dy at all places of a token, by the program of the first of them in `tokens`.
+def add_rows(dy, tokens, places, total, parts, first, count, rows, width, PIECE: tl.constexpr, TILE: tl.constexpr,
+             BLOCK: tl.constexpr):
+    """total [rows, width] += the rows of dy at all places of a token, but for tokens that reach into another piece.
 
-    tokens [count]: sorted; places: where in dy each was.
+    tokens [count]: sorted, cut into pieces; places: where in dy each was; parts [pieces, 2, width]: sums of the token
+    that comes from the piece before (or begins with the piece) and of the one that goes on in the next.
     """
     i = tl.program_id(0)
     token = tl.load(tokens + i)
-    before = tl.load(tokens + i - 1, mask=i > 0, other=-1)
     row = token - first
-    if (token != before) & (row >= 0) & (row < rows):
+    begins = tl.load(tokens + i - 1, mask=i > 0, other=-1) != token
+    if (begins | (i % PIECE == 0)) & (row >= 0) & (row < rows):
+        end = tl.minimum(count, (i // PIECE + 1) * PIECE)
         column = tl.arange(0, BLOCK)
         inside = column < width
-        summed = tl.zeros([TILE, BLOCK], tl.float32)
+        tile = tl.zeros([TILE, BLOCK], tl.float32)
         at = i + tl.arange(0, TILE)
-        same = tl.load(tokens + at, mask=at < count, other=-1) == token
+        same = tl.load(tokens + at, mask=at < end, other=-1) == token
         while tl.max(same.to(tl.int32), 0) > 0:
             place = tl.load(places + at, mask=same, other=0)
-            summed += tl.load(dy + place[:, None] * width + column[None, :], mask=same[:, None] & inside[None, :],
-                              other=0.0).to(tl.float32)
+            tile += tl.load(dy + place[:, None] * width + column[None, :], mask=same[:, None] & inside[None, :],
+                            other=0.0).to(tl.float32)
             at += TILE
-            same = tl.load(tokens + at, mask=at < count, other=-1) == token
+            same = tl.load(tokens + at, mask=at < end, other=-1) == token
+        summed = tl.sum(tile, 0)
+        if begins & (tl.load(tokens + end, mask=end < count, other=-1) != token):
+            to = total + row.to(tl.int64) * width + column
+            tl.store(to, tl.load(to, mask=inside, other=0.0) + summed, mask=inside)
+        else:
+            slot = i // PIECE * 2 + (i % PIECE != 0).to(tl.int32)
+            tl.store(parts + slot * width + column, summed, mask=inside)
+
+
+@triton.jit
+def add_long_rows(parts, tokens, total, first, count, rows, width, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """What `add_rows` left in parts: of the token that begins in a piece and goes on in the next."""
+    piece = tl.program_id(0)
+    begin = piece * PIECE
+    end = begin + PIECE
+    token = tl.load(tokens + end, mask=end < count, other=-1)
+    opening = tl.load(tokens + begin)
+    row = token - first
+    goes_on = tl.load(tokens + end - 1, mask=end < count, other=-2) == token
+    begins = (opening != token) | (tl.load(tokens + begin - 1, mask=begin > 0, other=-2) != token)
+    if goes_on & begins & (row >= 0) & (row < rows):
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        slot = piece * 2 + (opening != token).to(tl.int32)
+        summed = tl.load(parts + slot * width + column, mask=inside, other=0.0)
+        while tl.load(tokens + end, mask=end < count, other=-1) == token:
+            summed += tl.load(parts + end // PIECE * 2 * width + column, mask=inside, other=0.0)
+            end += PIECE
         to = total + row.to(tl.int64) * width + column
-        tl.store(to, tl.load(to, mask=inside, other=0.0) + tl.sum(summed, 0), mask=inside)
+        tl.store(to, tl.load(to, mask=inside, other=0.0) + summed, mask=inside)
 
 
 @triton.jit
