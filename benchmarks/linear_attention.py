@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from based_mp.ops import backends, taylor_cuda
-from based_mp.ops.linear_attention import taylor_linear_attention
+from based_mp.ops.linear_attention import taylor_linear_attention, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_chunked, taylor_denominator
 from benchmarks import thunderkittens
 from benchmarks.record import git_commit
@@ -89,14 +89,14 @@ def peer_times(op: Callable[..., torch.Tensor], b: int, h: int, n: int, d: int, 
 
 
 def taylor_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, float]:
-    sets = [[torch.randn(b, n, h, e, device="cuda", dtype=torch.bfloat16) for e in (16, 16, d, d)]
+    sets = [[torch.randn(n, b, h, e, device="cuda", dtype=torch.bfloat16).transpose(0, 1) for e in (16 + 16 + d, d)]
             for _ in range(copies)]
-    forward = rotated_us([lambda x=x: taylor_linear_attention(*x[:3]) for x in sets])
-    saved = [taylor_cuda.taylor_forward(*x[:3], None, None, None, 0.25, False) for x in sets]
-    held = taylor_cuda.holds_states(*sets[0][1:3], None, False)
+    forward = rotated_us([lambda x=x: taylor_linear_attention_qkv(x, 16) for x, _ in sets])
+    saved = [taylor_cuda.taylor_forward(x, 16, None, None, None, 0.25, False)[:3] for x, _ in sets]
+    held = taylor_cuda.holds_states(sets[0][0], 16, None, False)
     backward = rotated_us([
-        lambda x=x, y=y: taylor_cuda.taylor_backward(x[3], *y[:3], *x[:3], None, None, None, 0.25, False, held)
-        for x, y in zip(sets, saved, strict=True)])
+        lambda x=x, g=g, y=y: taylor_cuda.taylor_backward(g, *y, x, 16, None, None, None, 0.25, False, held)
+        for (x, g), y in zip(sets, saved, strict=True)])
     return forward, backward
 
 

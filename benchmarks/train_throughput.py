@@ -45,9 +45,9 @@ LINE = re.compile(r"step +(\d+)/\d+ \| loss +(\S+) .*\| +([\d,]+) tok/s/rank \| 
 GROUPS = {                                              # the first that matches a kernel's name
     "Taylor linear attention": "TaylorArgs", "gated convolution": "GatedConvArgs",
     "softmax attention": "window_attention|flash|fmha", "RoPE": "rope_",
-    "RMSNorm + add": "norm_forward|norm_backward", "SwiGLU": "swiglu",
+    "RMSNorm + add": "norm_forward|norm_backward|add_sums", "SwiGLU": "swiglu",
     "cross-entropy": "cross_entropy", "fp8 scaling": "quantize_row", "optimizer": "multi_tensor|adam",
-    "matrix products": "gemm|nvjet|cutlass|xmma", "embedding": "embedding|indexing_backward|radix|sort",
+    "matrix products": "gemm|nvjet|cutlass|xmma", "embedding": "read_rows|add_rows|add_long_rows|embedding|radix|sort",
     "communication": "nccl",
     "copies and fills": "Mem(cpy|set)|copy|fill",
     "element-wise": "elementwise|reduce"}

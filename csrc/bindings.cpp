@@ -18,7 +18,7 @@ namespace {
 
 template <typename T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
 
-// names: kernels to launch in order. pointers, strides, sizes: in the order of TaylorArgs (see based_mp/ops/taylor_cuda.py).
+// names: kernels to launch in order. pointers, strides, sizes: in the order of based_mp/ops/taylor_cuda.py.
 void launch(const std::vector<std::string>& names, const std::array<int64_t, 17>& pointers,
             const std::array<int64_t, 12>& strides, const std::array<int, 13>& sizes, float scale, int64_t stream) {
     static const std::map<std::string, int (*)(const TaylorArgs*)> kernels = {
@@ -27,15 +27,15 @@ void launch(const std::vector<std::string>& names, const std::array<int64_t, 17>
     TaylorArgs a{};
     const auto& p = pointers;
     a.q = pointer<void>(p[0]); a.k = pointer<void>(p[1]); a.v = pointer<void>(p[2]);
-    a.cu_seqlens = pointer<int>(p[3]); a.space = pointer<float>(p[4]);
-    a.o = pointer<void>(p[5]); a.denominator = pointer<float>(p[6]);
-    a.grad_o = pointer<void>(p[7]); a.grad_dot = pointer<float>(p[8]);
-    a.dq = pointer<void>(p[9]); a.dk = pointer<void>(p[10]); a.dv = pointer<void>(p[11]);
+    a.dq = pointer<void>(p[3]); a.dk = pointer<void>(p[4]); a.dv = pointer<void>(p[5]);
+    a.o = pointer<void>(p[6]); a.grad_o = pointer<void>(p[7]);
+    a.cu_seqlens = pointer<int>(p[8]); a.space = pointer<float>(p[9]);
+    a.denominator = pointer<float>(p[10]); a.grad_dot = pointer<float>(p[11]);
     a.kv_in = pointer<float>(p[12]); a.z_in = pointer<float>(p[13]);
     a.kv_out = pointer<float>(p[14]); a.z_out = pointer<float>(p[15]);
     for (int i = 0; i < 3; ++i) {
-        a.q_stride[i] = strides[i]; a.k_stride[i] = strides[3 + i];
-        a.v_stride[i] = strides[6 + i]; a.grad_stride[i] = strides[9 + i];
+        a.stride[i] = strides[i]; a.d_stride[i] = strides[3 + i];
+        a.o_stride[i] = strides[6 + i]; a.grad_stride[i] = strides[9 + i];
     }
     a.batch = sizes[0]; a.seq = sizes[1]; a.heads = sizes[2]; a.features = sizes[3]; a.head_dim = sizes[4];
     a.docs = sizes[5]; a.segments = sizes[6]; a.segment = sizes[7]; a.slots = sizes[8];
@@ -55,7 +55,7 @@ void gated_conv(bool backward, const std::array<int64_t, 12>& p, const std::arra
     a.x = pointer<void>(p[0]); a.weight = pointer<void>(p[1]); a.bias = pointer<void>(p[2]);
     a.cu_seqlens = pointer<int>(p[3]); a.carry = pointer<void>(p[4]); a.carry_out = pointer<void>(p[5]);
     a.y = pointer<void>(p[6]); a.dy = pointer<void>(p[7]); a.dx = pointer<void>(p[8]);
-    a.partial = pointer<float>(p[9]); a.dweight = pointer<void>(p[10]); a.dbias = pointer<void>(p[11]);
+    a.partial = pointer<float>(p[9]); a.dweight = pointer<float>(p[10]); a.dbias = pointer<float>(p[11]);
     a.seq = sizes[0]; a.batch = sizes[1]; a.channels = sizes[2]; a.docs = sizes[3]; a.dtype = sizes[4];
     a.stream = pointer<void>(stream);
     const int code = backward ? gated_conv_backward(&a) : gated_conv_forward(&a);

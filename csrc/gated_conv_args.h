@@ -14,7 +14,7 @@ struct GatedConvArgs {
     const void* dy;              // T [seq, batch, C]
     void* dx;                    // T [seq, batch, 2 C]
     float* partial;              // [parts, 5, C]: sums of dw (3 taps) and of du1, du2 over each strip of tokens
-    void *dweight, *dbias;       // T [C, 3], T [2 C] or null
+    float *dweight, *dbias;      // [C, 3], [2 C] or null; the gradients are added to what is there
     int seq, batch, channels, docs, dtype;
     void* stream;
 };

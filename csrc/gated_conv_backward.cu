@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(GatedConvArgs a) {
 }
 
 // Column sums of partial [parts, 5 C]: 32 columns a block, eight threads a column, always in the same order.
-template <typename T> __global__ void __launch_bounds__(256) reduce_kernel(GatedConvArgs a, int parts) {
+__global__ void __launch_bounds__(256) reduce_kernel(GatedConvArgs a, int parts) {
     __shared__ float sums[8][32];
     const int column = blockIdx.x * 32 + threadIdx.x, columns = 5 * a.channels;
     float sum = 0.f;
@@ -97,8 +97,8 @@ template <typename T> __global__ void __launch_bounds__(256) reduce_kernel(Gated
     if (threadIdx.y || column >= columns) return;
     for (int i = 1; i < 8; ++i) sum += sums[i][threadIdx.x];
     const int kind = column / a.channels, channel = column % a.channels;
-    if (kind < 3) static_cast<T*>(a.dweight)[channel * 3 + kind] = narrow<T>(sum);
-    else if (a.dbias) static_cast<T*>(a.dbias)[(kind - 3) * a.channels + channel] = narrow<T>(sum);
+    if (kind < 3) a.dweight[channel * 3 + kind] += sum;
+    else if (a.dbias) a.dbias[(kind - 3) * a.channels + channel] += sum;
 }
 
 template <typename T> void backward(const GatedConvArgs& a) {
@@ -107,7 +107,7 @@ template <typename T> void backward(const GatedConvArgs& a) {
     const auto stream = static_cast<cudaStream_t>(a.stream);
     if (a.cu_seqlens) backward_kernel<T, true><<<grid, kThreads, 0, stream>>>(a);
     else backward_kernel<T, false><<<grid, kThreads, 0, stream>>>(a);
-    reduce_kernel<T><<<(5 * a.channels + 31) / 32, dim3(32, 8), 0, stream>>>(a, strips * a.batch);
+    reduce_kernel<<<(5 * a.channels + 31) / 32, dim3(32, 8), 0, stream>>>(a, strips * a.batch);
 }
 
 }  // namespace gated_conv

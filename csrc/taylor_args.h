@@ -3,19 +3,21 @@
 #include <stdint.h>
 
 struct TaylorArgs {
-    // Inputs, bf16: q, k [batch, seq, heads, features], v [batch, seq, heads, head_dim], last dimension contiguous.
+    // Inputs, bf16: q, k [batch, seq, heads, features], v [batch, seq, heads, head_dim], parts of one tensor's rows.
     const void *q, *k, *v;
-    int64_t q_stride[3], k_stride[3], v_stride[3];      // batch, seq, head; elements
+    int64_t stride[3];                                  // of all three: batch, seq, head; elements, as below
     const int* cu_seqlens;                              // [docs + 1] or null
-    // Work space and outputs; o, dq, dk, dv, denominator and grad_dot are contiguous [batch, seq, heads, ...].
+    // Work space and outputs; denominator and grad_dot are contiguous.
     float* space;                                       // [slots, heads, 160 (head_dim + 8)] segment states, or null
     float* boundaries;                                  // the same, to be written by taylor_output as taylor_scan would, or null
-    void* o;
+    void* o;                                            // bf16 [batch, seq, heads, head_dim]
+    int64_t o_stride[3];
     float* denominator;                                 // [batch, seq, heads]
-    const void* grad_o;                                 // bf16, strides below
+    const void* grad_o;                                 // as o
     int64_t grad_stride[3];
     float* grad_dot;                                    // [batch, seq, heads] grad_o . o, made with dq
-    void *dq, *dk, *dv;
+    void *dq, *dk, *dv;                                 // as q, k, v
+    int64_t d_stride[3];
     // States at the ends of the scan, fp32, the public layout [docs, heads, D(, head_dim)]; null where absent.
     const float *kv_in, *z_in;
     float *kv_out, *z_out;

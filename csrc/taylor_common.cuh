@@ -63,10 +63,11 @@ template <bool Reverse> __device__ __forceinline__ int chunk_begin(const Segment
 }
 
 // Row `token` of [batch, seq, heads, ...].
-__device__ __forceinline__ const bf16* token_row(const void* x, const int64_t* stride, int batch, int token, int head) {
-    return (const bf16*)x + batch * stride[0] + token * stride[1] + head * stride[2];
+template <typename T> __device__ __forceinline__ auto* token_row(T* x, const int64_t* stride, int batch, int token, int head) {
+    using Row = std::conditional_t<std::is_const_v<T>, const bf16, bf16>;
+    return (Row*)x + batch * stride[0] + token * stride[1] + head * stride[2];
 }
-// Index of the same row in contiguous [batch, seq, heads].
+// Its index in contiguous [batch, seq, heads].
 __device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, int token, int head) {
     return ((int64_t)batch * p.seq + token) * p.heads + head;
 }
@@ -213,10 +214,8 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
         fence_for_tensor_cores();
         warp_arrive(m.full(handed++));
     };
-    const int64_t* xs = Reverse ? p.q_stride : p.k_stride;
-    const int64_t* rs = Reverse ? p.k_stride : p.q_stride;
-    const int64_t* ys = Reverse ? p.grad_stride : p.v_stride;
-    const int64_t* us = Reverse ? p.v_stride : p.grad_stride;
+    const int64_t* ys = Reverse ? p.grad_stride : p.stride;
+    const int64_t* us = Reverse ? p.stride : p.grad_stride;
     for (int i = 0; i < chunks; ++i) {
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), first = s.first + begin;
         const uint32_t at = m.stage(i);
@@ -237,9 +236,9 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
                 den[j] = token < valid ? p.denominator[index] : 0.f;
                 dot[j] = Reverse && token < valid ? p.grad_dot[index] : 0.f;
             }
-        load_planes<L::Loaders, 2>(at + L::x, token_row(Reverse ? p.q : p.k, xs, s.batch, first, head), xs[1], valid, p.features / 8);
+        load_planes<L::Loaders, 2>(at + L::x, token_row(Reverse ? p.q : p.k, p.stride, s.batch, first, head), p.stride[1], valid, p.features / 8);
         if (L::WithRows)
-            load_planes<L::Loaders, 2>(at + L::r, token_row(Reverse ? p.k : p.q, rs, s.batch, first, head), rs[1], valid, p.features / 8);
+            load_planes<L::Loaders, 2>(at + L::r, token_row(Reverse ? p.k : p.q, p.stride, s.batch, first, head), p.stride[1], valid, p.features / 8);
         load_planes<L::Loaders, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid,
                                                min(L::Columns, p.head_dim - column) / 8);
         if constexpr (L::RowColumns > 0)

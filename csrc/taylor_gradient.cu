@@ -110,18 +110,18 @@ __device__ __forceinline__ void take_dots(const TaylorArgs& p, const Segment& s,
     constexpr int Vectors = D / 8, Passes = (Vectors + 7) / 8;
     const int lane = threadIdx.x & 31, row = lane >> 3, vector = lane & 7;
     const int64_t index = token_index(p, s.batch, s.first + first + row, head);
-    const uint4* from = reinterpret_cast<const uint4*>((const bf16*)p.o + index * D) + vector;
+    const bf16* from = token_row(p.o, p.o_stride, s.batch, s.first + first + row, head) + vector * 8;
     uint4 o[4][Passes];
     #pragma unroll
     for (int j = 0; j < 4; ++j)
         #pragma unroll
         for (int i = 0; i < Passes; ++i)
-            if (row + 4 * j < valid && vector + 8 * i < Vectors) o[j][i] = from[(int64_t)4 * j * p.heads * Vectors + 8 * i];
+            if (row + 4 * j < valid && vector + 8 * i < Vectors) o[j][i] = *reinterpret_cast<const uint4*>(from + 4 * j * p.o_stride[1] + 64 * i);
             else o[j][i] = uint4{};
     // The next chunk's rows are asked for meanwhile: this warp's, with the halves swapped where two groups take turns.
     const int ahead = kChunk + (Shape<D>::Groups == 2 ? (first / kHalf % 2 ? -kHalf : kHalf) : 0) + (lane & 15);
     if (first + ahead < s.length && (lane >> 4) * 64 < D) {
-        const bf16* line = (const bf16*)p.o + (index + (int64_t)(ahead - row) * p.heads) * D + (lane >> 4) * 64;
+        const bf16* line = token_row(p.o, p.o_stride, s.batch, s.first + first + ahead, head) + (lane >> 4) * 64;
         asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
     }
     barrier_wait(full, parity);
@@ -227,7 +227,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
             for (int side = 0; side < 2; ++side) {
                 const int row = half * 64 + warp * 16 + (lane >> 2) + side * 8;
                 if (row >= valid) continue;
-                bf16* to = (bf16*)(Reverse ? p.dk : p.dq) + token_index(p, s.batch, s.first + begin + row, head) * p.features + t * 2;
+                bf16* to = token_row(Reverse ? p.dk : p.dq, p.d_stride, s.batch, s.first + begin + row, head) + t * 2;
                 const float factor = side ? f1.x : f0.x;
                 *reinterpret_cast<uint32_t*>(to) = pack(dx[2 * side] * factor, dx[2 * side + 1] * factor);
                 if (p.features > 8)

@@ -97,14 +97,15 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
         if (W / 8 % 2) stsm2(to + (W / 8 - 1) * 16, top(W / 8 - 1), bottom(W / 8 - 1));
         fence_for_tensor_cores();
         __syncwarp();
-        const int64_t index = token_index(p, s.batch, s.first + begin + first, head);
+        const int token = s.first + begin + first;
+        const int64_t* stride = Reverse ? p.d_stride : p.o_stride;
         if (!Reverse && t == 0 && column == 0) {
             #pragma unroll
             for (int side = 0; side < 2; ++side)
-                if (first + (lane >> 2) + side * 8 < valid) p.denominator[index + (int64_t)((lane >> 2) + side * 8) * p.heads] = den[side];
+                if (first + (lane >> 2) + side * 8 < valid) p.denominator[token_index(p, s.batch, token + (lane >> 2) + side * 8, head)] = den[side];
         }
         if (lane < 16 && first + lane < valid)
-            bulk_store((bf16*)(Reverse ? p.dv : p.o) + (index + (int64_t)lane * p.heads) * p.head_dim + column, own_rows + lane * Stride,
+            bulk_store(token_row(Reverse ? p.dv : p.o, stride, s.batch, token + lane, head) + column, own_rows + lane * Stride,
                        min(W, p.head_dim - column) * 2);
         bulk_stores_commit();
     }

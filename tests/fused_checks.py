@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from based_mp.ops import backends
 from based_mp.ops.fused.cross_entropy import cross_entropy
+from based_mp.ops.fused.embedding import embedding
 from based_mp.ops.fused.norm import add_rms_norm
 from based_mp.ops.fused.rotary_attention import pack_gradients, rope_tables, rotate
 from based_mp.ops.fused.swiglu import swiglu
@@ -72,11 +73,59 @@ def norm(dtype, residual, rows, width, device):
     compare(lambda x, w: add_rms_norm(x, None, w)[1:], lambda x, w: (rms(x, w),), [x.detach(), make(width)], limit)
 
 
+def norm_adds_to_sums(rows, width, device):
+    """The gradients of weight and bias in the optimizer's fp32 sums, twice, and nowhere else."""
+    x, delta, weight, bias, dy = (randn(*shape, dtype=torch.bfloat16, device=device).requires_grad_()
+                                  for shape in ((rows, width), (rows, width), (width,), (width,), (rows, width)))
+    start = randn(2, width + 3, dtype=torch.float32, device=device)[:, 3:].clone()
+    for shared in (True, False):
+        for parameter, total in zip((weight, bias), start, strict=True):
+            parameter.main_grad = total.clone()
+        doubles = [t.detach().double().requires_grad_() for t in ((x, delta, weight, bias) if shared else (x, weight))]
+        for _ in range(2):
+            y = add_rms_norm(x, delta, weight, bias=bias)[1] if shared else add_rms_norm(x, None, weight)[1]
+            got = torch.autograd.grad(y, (x, weight, bias), dy, allow_unused=True)
+            assert got[1] is None and got[2] is None
+        expected = rms(sum(doubles[i] for i in (0, 1, 3)) if shared else doubles[0], doubles[2 if shared else 1])
+        truth = torch.autograd.grad(expected, doubles, dy.double())
+        assert error(got[0], truth[0]) < LIMITS[torch.bfloat16]
+        # h is rounded to bf16 before its norm; of the sums only fp32's rounding is left where there is no addition.
+        assert error(weight.main_grad, start[0].double() + 2 * truth[2 if shared else 1]) < (8e-3 if shared else 2e-5)
+        assert error(bias.main_grad, start[1].double() + 2 * truth[3] if shared else start[1].double()) < 8e-3
+
+
 def check_norm(device="cpu", scale=1):
-    for rows, width in [(1, 8), (3, 40), (11 * scale, 200), (600 * scale, 16), (7 * scale, 1792)]:
+    for rows, width in [(5 * scale, 40), (600 * scale, 24)]:      # parts that one tile holds, and more
+        norm_adds_to_sums(rows, width, device)
+    norm(torch.bfloat16, torch.float32, 600 * scale, 16, device)
+    for rows, width in [(1, 8), (3, 40), (11 * scale, 200), (7 * scale, 1792)]:
         norm(torch.float32, torch.float32, rows, width, device)
         norm(torch.bfloat16, torch.bfloat16, rows, width, device)
         norm(torch.bfloat16, torch.float32, rows, width, device)
+
+
+def check_embedding(device="cpu", scale=1):
+    for dtype in LIMITS:
+        for batch, seq, rows, width, first in [(1, 1, 3, 8, 0), (2, 9, 7, 40, 5), (1, 300, 1, 8, 0), (2, 128, 1, 8, 3),
+                                                (3, 150 * scale, 50 * scale, 24, 0)]:
+            tokens = torch.randint(0, first + rows + 3, (batch, seq))
+            tokens[:, seq // 4 : 3 * seq // 4] = first + rows - 1        # more than a piece
+            tokens, weight = tokens.to(device), randn(rows, width, dtype=dtype, device=device)
+            dy = randn(seq, batch, width, dtype=dtype, device=device)
+
+            def reference(w, tokens=tokens, first=first, rows=rows, width=width):
+                whole = torch.cat([w.new_zeros(first, width), w, w.new_zeros(3, width)])
+                return (F.embedding(tokens.t(), whole),)
+
+            compare(lambda w, tokens=tokens, first=first: (embedding(tokens, w, first),), reference, [weight],
+                    LIMITS[dtype])
+            double = weight.detach().double().requires_grad_()
+            truth, = torch.autograd.grad(reference(double), double, dy.double())
+            start = randn(rows, width, dtype=torch.float32, device=device)
+            weight.main_grad = start.clone()
+            for _ in range(2):
+                embedding(tokens, weight, first).backward(dy)
+            assert weight.grad is None and error(weight.main_grad, start.double() + 2 * truth) < 1e-6
 
 
 def swiglu_reference(x):
@@ -134,6 +183,24 @@ def check_selective_scan(device="cpu", scale=1):
             # What underflows has no relative error: decays stay above e^-3 a token.
             inputs = [x, delta.sigmoid(), -3 * a.sigmoid(), b, c, initial]
             compare(selective_scan, recurrences.selective_scan, inputs, LIMITS[dtype])
+
+
+def check_training(device="cpu", scale=1):
+    """An optimizer step of the small model, gradients of a layer and of the shared embedding in ZeRO-2's buffers: its
+    first moments, beside those of plain torch."""
+    from based_mp.parallel import state
+    from based_mp.training import bf16_optimizer
+    from tests.parity.test_bf16_optimizer import train
+    ranks, fuse, moments = state.initialize(device=device), bf16_optimizer.fuse, []
+
+    def sharding(engine, **_):
+        fuse(engine)
+        engine.optimizer.shard_gradients()
+
+    for backends.TORCH_ONLY, bf16_optimizer.fuse in ((True, fuse), (False, sharding)):
+        optimizer = train(ranks, 1)[0].optimizer
+        moments.append([optimizer.state[w]["exp_avg"] for w in optimizer.fp32_groups_flat_partition])
+    assert all(error(a, b.double()) < 0.03 for a, b in zip(*reversed(moments), strict=True))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
 from based_mp.ops.decode_torch import Pending
 from based_mp.ops.fused.rotary_attention import rope_frequency
-from based_mp.ops.linear_attention import log_decay, taylor_linear_attention
+from based_mp.ops.linear_attention import log_decay, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.ops.window_attention import causal_attention
 
@@ -126,12 +126,12 @@ class TaylorMixer:
 
     def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Tensor:
         x = self.ops.norm_linear(*stream, self.linear_in)
-        f, heads = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
+        f, qkv = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None
         if not pack.fresh:
             before = self.ops.settled(pack.pool, pack.slots, kv, z, recent, self.decay, f)
-        o, after = taylor_linear_attention(heads[..., :f], heads[..., f : 2 * f], heads[..., 2 * f :], decay=self.decay,
-                                           initial_state=before, return_state=True, cu_seqlens=pack.bounds)
+        o, after = taylor_linear_attention_qkv(qkv, f, decay=self.decay, initial_state=before, return_state=True,
+                                               cu_seqlens=pack.bounds)
         kv[pack.slots], z[pack.slots] = after.kv, after.z
         return o[0].flatten(1)
 

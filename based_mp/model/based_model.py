@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from based_mp.config import Config
 from based_mp.model.layer_specs import block_spec
+from based_mp.ops import backends
 from based_mp.ops.fused.cross_entropy import cross_entropy
+from based_mp.ops.fused.embedding import embedding
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,8 +53,26 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=False, apply_rope_fusion=False, **recompute)
 
 
+class Embedding(layers.VocabParallelEmbedding):
+    """[b, s] → [b, s, d_model] that lies in memory as the [s, b, d_model] that is made of it next (under sequence
+    parallelism that itself, this rank's part)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if backends.fused_backend(self.weight) != "triton":
+            return super().forward(tokens)
+        y = embedding(tokens, self.weight, self.vocab_start_index)
+        if self.reduce_scatter_embeddings:
+            return mappings.reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
+        return mappings.reduce_from_tensor_model_parallel_region(y, group=self.tp_group).transpose(0, 1)
+
+
 class BasedModel(GPTModel):
-    """Megatron-core's GPTModel with a cross-entropy that makes no copy of the logits."""
+    """Megatron-core's GPTModel with an embedding whose gradient is not as large as the vocabulary, and a cross-entropy
+    that makes no copy of the logits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.embedding.word_embeddings.__class__ = Embedding
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Of labels [b, s] and logits [s, b, padded_vocab / tp], the loss of every token [b, s] in fp32."""

@@ -10,25 +10,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from based_mp.model.mixer import Mixer
-from based_mp.ops.linear_attention import log_decay, taylor_linear_attention
+from based_mp.ops.linear_attention import log_decay, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_denominator
-
-
-class _SplitHeads(torch.autograd.Function):
-    """[s, b, h, f + f + d] → views q, k [b, s, h, f], v [b, s, h, d], whose gradients are written into one tensor."""
-
-    @staticmethod
-    def forward(ctx, x, f):
-        x = x.transpose(0, 1)
-        return x[..., :f], x[..., f : 2 * f], x[..., 2 * f :]
-
-    @staticmethod
-    def backward(ctx, dq, dk, dv):
-        b, s, h, f = dq.shape
-        dx = torch.empty(s, b, h, 2 * f + dv.shape[-1], dtype=dv.dtype, device=dv.device)
-        for part, grad in zip(dx.transpose(0, 1).split([f, f, dv.shape[-1]], -1), (dq, dk, dv), strict=True):
-            part.copy_(grad)
-        return dx, None
 
 
 class LinearAttention(Mixer):
@@ -54,23 +37,19 @@ class LinearAttention(Mixer):
     def _decay(self, x: Tensor) -> Tensor | None:
         return None if self.decay is None else torch.tensor(self.decay, device=x.device)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, width] → q, k [b, s, h, f], v [b, s, h, d]."""
-        return _SplitHeads.apply(x.unflatten(-1, (self.heads, -1)), self.feature_dim)
-
     def mix(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        q, k, v = self._split(x)
+        qkv = x.unflatten(-1, (self.heads, -1)).transpose(0, 1)
         if self.collect_diagnostics:
-            self._diagnose(q, k, v, cu_seqlens)
-        o = taylor_linear_attention(q, k, v, cu_seqlens=cu_seqlens, decay=self._decay(x))
+            self._diagnose(qkv, cu_seqlens)
+        o = taylor_linear_attention_qkv(qkv, self.feature_dim, cu_seqlens=cu_seqlens, decay=self._decay(x))
         return o.transpose(0, 1).flatten(2)
 
     @torch.no_grad()
-    def _diagnose(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    def _diagnose(self, qkv: Tensor, cu_seqlens: Tensor | None) -> None:
         """Smallest denominator and largest final state (Frobenius norm of a head's) of what is seen on this rank."""
-        decay = self._decay(q)
-        denominator = taylor_denominator(q, k, cu_seqlens=cu_seqlens, decay=decay)
-        _, state = taylor_linear_attention(q, k, v, cu_seqlens=cu_seqlens, decay=decay, return_state=True)
+        f, decay = self.feature_dim, self._decay(qkv)
+        denominator = taylor_denominator(qkv[..., :f], qkv[..., f : 2 * f], cu_seqlens=cu_seqlens, decay=decay)
+        _, state = taylor_linear_attention_qkv(qkv, f, cu_seqlens=cu_seqlens, decay=decay, return_state=True)
         seen = self.diagnostics or {"min_denominator": math.inf, "state_norm": 0.0}
         norm = torch.linalg.matrix_norm(state.kv).max().item()
         self.diagnostics = {"min_denominator": min(seen["min_denominator"], denominator.min().item()),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops import backends
+from based_mp.ops.gradient_sum import GradientSum
 
 STRIP = 64                    # tokens a part of the weight gradient (kStrip of csrc/gated_conv_backward.cu)
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -25,6 +26,7 @@ def gated_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seql
     carry: [rows, width − 1, channels], u1 before the first token of each row (or document); default zeros.
     Returns y [seq, batch, channels]; with return_carry also the carry of the next call.
     bf16, fp16 and fp32 (sums in fp32), fp64 in plain torch. Raises ValueError for shapes that do not fit together.
+    The kernels add gradients of a weight or bias that has a `main_grad`, the optimizer's fp32 sum, to it alone.
     """
     channels, width = weight.shape
     if x.dim() != 3 or x.shape[-1] != 2 * channels or (cu_seqlens is not None and x.shape[1] != 1):
@@ -129,38 +131,37 @@ def _(x, weight, bias, cu_seqlens, carry, return_carry):
             x.new_empty((_rows(x, cu_seqlens), 2, channels) if return_carry else (0,)))
 
 
-@torch.library.custom_op("based_mp::gated_conv_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("based_mp::gated_conv_backward", mutates_args=("dweight", "dbias"), device_types="cuda")
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
-              carry: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (in x's layout), weight and bias (empty without one)."""
+              carry: Tensor | None, dweight: Tensor, dbias: Tensor | None) -> Tensor:
+    """The gradient of x, in its layout; those of weight and bias are added to dweight and dbias, fp32."""
     before = None if carry is None else carry.to(x.dtype)
     dy, x, weight, bias, before = (_aligned(t) for t in (dy, x, weight, bias, before))
     seq, batch, _ = x.shape
-    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    dx = torch.empty_like(x)
     partial = torch.empty(-(-seq // STRIP) * batch, 5, weight.shape[0], dtype=torch.float32, device=x.device)
-    _launch(True, x, weight, bias, cu_seqlens, before, None, None, dy, dx, partial, dweight,
-            None if bias is None else dbias, docs=_rows(x, cu_seqlens))
-    return dx, dweight, dbias
+    _launch(True, x, weight, bias, cu_seqlens, before, None, None, dy, dx, partial, dweight, dbias,
+            docs=_rows(x, cu_seqlens))
+    return dx
 
 
 @_backward.register_fake
-def _(dy, x, weight, bias, cu_seqlens, carry):
-    return (torch.empty_like(x, memory_format=torch.contiguous_format),
-            torch.empty_like(weight, memory_format=torch.contiguous_format),
-            x.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format))
+def _(dy, x, weight, bias, cu_seqlens, carry, dweight, dbias):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, cu_seqlens, carry, _ = inputs
     ctx.save_for_backward(x, weight, bias, cu_seqlens, carry)
+    ctx.sums = [None if p is None else GradientSum(p) for p in (weight, bias)]
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, dy, _carry):
     x, weight, bias, cu_seqlens, carry = ctx.saved_tensors
-    dx, dweight, dbias = _backward(dy, x, weight, bias, cu_seqlens, carry)
-    return dx, dweight, None if bias is None else dbias, None, None, None
+    totals = [s and s.total(p.shape, x.device) for s, p in zip(ctx.sums, (weight, bias), strict=True)]
+    dx = _backward(dy, x, weight, bias, cu_seqlens, carry, *totals)
+    return dx, *(s and s.gradient(t) for s, t in zip(ctx.sums, totals, strict=True)), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

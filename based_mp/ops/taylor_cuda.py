@@ -1,5 +1,9 @@
 """Taylor linear attention in CUDA (csrc/taylor_*.cu): two torch.library ops, their fake versions and autograd.
 
+q, k and v are read where a projection leaves them, side by side in qkv [batch, seq, heads, 2·feature_dim + head_dim],
+and their gradients written the same way. o and the gradient lie in memory as [seq, batch, heads, …], as the projections
+around them do, so that none of them is copied.
+
 The sequence of every head is cut into segments so that the grid fills the GPU; `_states` says how the state reaches
 each segment. Nothing waits for the device, and nothing depends on the values of `cu_seqlens`, so the ops
 can be captured in CUDA graphs. Sums run in a fixed order: results are bitwise the same from run to run.
@@ -50,18 +54,22 @@ def aligned(x: Tensor) -> Tensor:
     return x
 
 
-def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, reverse: bool = False,
-            exact: bool = False, summed: bool = False, boundary: int = 0, **tensors: Tensor | None) -> None:
-    b, s, h, f = q.shape
-    grad_o = tensors.get("grad_o")
-    order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_dot", "dq", "dk", "dv", "kv_in", "z_in",
-             "kv_out", "z_out", "boundaries"]
-    given = [q, k, v] + [tensors.get(name) for name in order]
-    pointers = [0 if x is None else x.data_ptr() for x in given]
-    strides = [n for x in (q, k, v, v if grad_o is None else grad_o) for n in x.stride()[:3]]
-    sizes = [b, s, h, f, v.shape[-1], p.docs, p.segments, p.length, p.slots, int(exact), int(reverse),
-             int(summed), boundary]
-    with torch.cuda.device(q.device):
+def parts(qkv: Tensor, feature_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [batch, seq, heads, feature_dim] and v [batch, seq, heads, head_dim], views."""
+    return qkv.split([feature_dim, feature_dim, qkv.shape[-1] - 2 * feature_dim], -1)
+
+
+def _launch(names: list[str], p: Plan, qkv: Tensor, feature_dim: int, scale: float, *, reverse: bool = False,
+            exact: bool = False, summed: bool = False, boundary: int = 0, o: Tensor | None = None,
+            grad_o: Tensor | None = None, dqkv: Tensor | None = None, **tensors: Tensor | None) -> None:
+    b, s, h, width = qkv.shape
+    order = ["cu_seqlens", "space", "denominator", "grad_dot", "kv_in", "z_in", "kv_out", "z_out", "boundaries"]
+    given = [*parts(qkv, feature_dim), *([None] * 3 if dqkv is None else parts(dqkv, feature_dim)), o, grad_o]
+    pointers = [0 if x is None else x.data_ptr() for x in given + [tensors.get(name) for name in order]]
+    strides = [n for x in (qkv, dqkv, o, grad_o) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
+    sizes = [b, s, h, feature_dim, width - 2 * feature_dim, p.docs, p.segments, p.length, p.slots, int(exact),
+             int(reverse), int(summed), boundary]
+    with torch.cuda.device(qkv.device):
         extension().launch(names, pointers, strides, sizes, scale, torch.cuda.current_stream().cuda_stream)
 
 
@@ -77,9 +85,10 @@ def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bo
     return "walk" if not packed and batch * heads * parts >= 3 * BLOCKS // 4 else "sums"
 
 
-def holds_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, given: bool) -> bool:
+def holds_states(qkv: Tensor, feature_dim: int, cu_seqlens: Tensor | None, given: bool) -> bool:
     """Whether the work space a forward saves holds the states before segments, not the sums of segments."""
-    return _states(_shapes(q, v, cu_seqlens)[0], *v.shape, cu_seqlens is not None, given) != "sums"
+    p, o_shape, _, _ = _shapes(qkv, feature_dim, cu_seqlens)
+    return _states(p, *o_shape, cu_seqlens is not None, given) != "sums"
 
 
 def _kernels(states: str, p: Plan, seq: int, space: Tensor | None) -> tuple[list[str], Plan, dict[str, object]]:
@@ -90,105 +99,110 @@ def _kernels(states: str, p: Plan, seq: int, space: Tensor | None) -> tuple[list
     return [*before, "output"], p, {"space": space, "summed": states == "scan"}
 
 
-def _shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Plan, tuple[int, ...], tuple[int, ...]]:
-    """The plan, the shape of one work space and the shape of the public kv state."""
-    b, s, h, f = q.shape
+def _shapes(qkv: Tensor, feature_dim: int,
+            cu_seqlens: Tensor | None) -> tuple[Plan, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The plan, and the shapes of o, of one work space and of the public kv state."""
+    b, s, h, width = qkv.shape
+    d = width - 2 * feature_dim
     p = plan(b, s, h, None if cu_seqlens is None else cu_seqlens.numel() - 1)
-    return p, (p.slots, h, ROWS, v.shape[-1] + 8), (p.docs, h, taylor_feature_dim(f), v.shape[-1])
+    return p, (b, s, h, d), (p.slots, h, ROWS, d + 8), (p.docs, h, taylor_feature_dim(feature_dim), d)
+
+
+def _sequence_first(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[batch, seq, …] that lies in memory as [seq, batch, …]."""
+    return torch.empty(shape[1], shape[0], *shape[2:], dtype=dtype, device=device).transpose(0, 1)
 
 
 @torch.library.custom_op("based_mp::taylor_forward", mutates_args=(), device_types="cuda")
-def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
+def taylor_forward(qkv: Tensor, feature_dim: int, kv: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
                    scale: float, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, denominator [b, s, h], segment states (saved for the backward), final kv and z (empty unless asked for)."""
-    p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
-    dtype = v.dtype
-    q, k, v = (aligned(x) for x in (q, k, v))
-    o = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
-    denominator = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-    states = _states(p, *v.shape, cu_seqlens is not None, return_state or kv is not None)
-    space = torch.empty((0,) if states == "none" else space_shape, dtype=torch.float32, device=v.device)
-    kv_out = torch.empty(kv_shape if return_state else (0,), dtype=torch.float32, device=v.device)
-    z_out = torch.empty(kv_shape[:-1] if return_state else (0,), dtype=torch.float32, device=v.device)
+    p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
+    full = {"dtype": torch.float32, "device": qkv.device}
+    o = _sequence_first(o_shape, torch.bfloat16, qkv.device)
+    denominator = torch.empty(o_shape[:3], **full)
+    states = _states(p, *o_shape, cu_seqlens is not None, return_state or kv is not None)
+    space = torch.empty((0,) if states == "none" else space_shape, **full)
+    kv_out = torch.empty(kv_shape if return_state else (0,), **full)
+    z_out = torch.empty(kv_shape[:-1] if return_state else (0,), **full)
     kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
-    names, walked, how = _kernels(states, p, v.shape[1], space if space.numel() else None)
-    _launch(names, walked, q, k, v, scale, exact=return_state, cu_seqlens=cu_seqlens, o=o, denominator=denominator,
-            kv_in=kv, z_in=z, kv_out=kv_out if return_state else None, z_out=z_out if return_state else None, **how)
-    return o.to(dtype), denominator, space, kv_out, z_out
+    names, walked, how = _kernels(states, p, o_shape[1], space if space.numel() else None)
+    _launch(names, walked, aligned(qkv), feature_dim, scale, exact=return_state, cu_seqlens=cu_seqlens, o=o,
+            denominator=denominator, kv_in=kv, z_in=z, kv_out=kv_out if return_state else None,
+            z_out=z_out if return_state else None, **how)
+    return o.to(qkv.dtype), denominator, space, kv_out, z_out
 
 
 @taylor_forward.register_fake
-def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
-    p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
-    states = _states(p, *v.shape, cu_seqlens is not None, return_state or kv is not None)
-    full = {"dtype": torch.float32, "device": v.device}
-    return (torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(v.shape[:3], **full),
+def _(qkv, feature_dim, kv, z, cu_seqlens, scale, return_state):
+    p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
+    states = _states(p, *o_shape, cu_seqlens is not None, return_state or kv is not None)
+    full = {"dtype": torch.float32, "device": qkv.device}
+    return (_sequence_first(o_shape, qkv.dtype, qkv.device), torch.empty(o_shape[:3], **full),
             torch.empty((0,) if states == "none" else space_shape, **full),
             torch.empty(kv_shape if return_state else (0,), **full),
             torch.empty(kv_shape[:-1] if return_state else (0,), **full))
 
 
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
-def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
+def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, qkv: Tensor, feature_dim: int,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-                    want_state: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z; `summed`: see `holds_states`."""
-    p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
-    dtype = v.dtype
-    q, k, v, grad_o = (aligned(x) for x in (q, k, v, grad_o))
-    o = o.to(torch.bfloat16).contiguous()
-    dot = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-    dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))
-    states = _states(p, *v.shape, cu_seqlens is not None, want_state or grad_kv is not None)
-    grad_kv, grad_z = (None if x is None else x.float().contiguous() for x in (grad_kv, grad_z))
-    dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
-    dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
-    common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot}
-    _launch(["gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None,
-            summed=summed, **common)
-    suffix = None if states == "none" else torch.empty(space_shape, dtype=torch.float32, device=v.device)
-    names, walked, how = _kernels(states, p, v.shape[1], suffix)
-    _launch(names, walked, q, k, v, scale, reverse=True, dv=dv, kv_in=grad_kv, z_in=grad_z,
+                    want_state: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv and (where wanted, else empty) of the initial kv and z; `summed`: see `holds_states`."""
+    p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
+    full = {"dtype": torch.float32, "device": qkv.device}
+    x, o, grad_o = (aligned(t) for t in (qkv, o, grad_o))
+    dot = torch.empty(o_shape[:3], **full)
+    dqkv = _sequence_first(qkv.shape, torch.bfloat16, qkv.device)
+    states = _states(p, *o_shape, cu_seqlens is not None, want_state or grad_kv is not None)
+    grad_kv, grad_z = (None if t is None else t.float().contiguous() for t in (grad_kv, grad_z))
+    dkv = torch.empty(kv_shape if want_state else (0,), **full)
+    dz = torch.empty(kv_shape[:-1] if want_state else (0,), **full)
+    common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot, "dqkv": dqkv}
+    _launch(["gradient"], p, x, feature_dim, scale, o=o, space=space if space.numel() else None, summed=summed,
+            **common)
+    suffix = None if states == "none" else torch.empty(space_shape, **full)
+    names, walked, how = _kernels(states, p, o_shape[1], suffix)
+    _launch(names, walked, x, feature_dim, scale, reverse=True, kv_in=grad_kv, z_in=grad_z,
             kv_out=dkv if want_state else None, z_out=dz if want_state else None, **common, **how)
-    _launch(["gradient"], p, q, k, v, scale, reverse=True, space=suffix, summed=states != "sums", dk=dk, **common)
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dkv, dz
+    _launch(["gradient"], p, x, feature_dim, scale, reverse=True, space=suffix, summed=states != "sums", **common)
+    return dqkv.to(qkv.dtype), dkv, dz
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state, summed):
-    _, _, kv_shape = _shapes(q, v, cu_seqlens)
-    return (*(torch.empty(x.shape, dtype=v.dtype, device=v.device) for x in (q, k, v)),
-            torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device),
-            torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device))
+def _(grad_o, o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqlens, scale, want_state, summed):
+    _, _, _, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
+    return (_sequence_first(qkv.shape, qkv.dtype, qkv.device),
+            torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=qkv.device),
+            torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=qkv.device))
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, kv, z, cu_seqlens, scale, return_state = inputs
+    qkv, ctx.feature_dim, kv, z, cu_seqlens, ctx.scale, ctx.return_state = inputs
     o, denominator, space, _, _ = output
-    ctx.save_for_backward(q, k, v, o, denominator, space, cu_seqlens)
-    ctx.scale, ctx.return_state = scale, return_state
-    ctx.want_state = kv is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
-    ctx.summed = holds_states(q, v, cu_seqlens, return_state or kv is not None)
+    ctx.save_for_backward(qkv, o, denominator, space, cu_seqlens)
+    ctx.want_state = kv is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+    ctx.summed = holds_states(qkv, ctx.feature_dim, cu_seqlens, ctx.return_state or kv is not None)
     ctx.mark_non_differentiable(denominator, space)
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
-    q, k, v, o, denominator, space, cu_seqlens = ctx.saved_tensors
+    qkv, o, denominator, space, cu_seqlens = ctx.saved_tensors
     if not ctx.return_state:
         grad_kv = grad_z = None
-    dq, dk, dv, dkv, dz = taylor_backward(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens,
-                                          ctx.scale, ctx.want_state, ctx.summed)
-    return dq, dk, dv, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
+    dqkv, dkv, dz = taylor_backward(grad_o, o, denominator, space, qkv, ctx.feature_dim, grad_kv, grad_z, cu_seqlens,
+                                    ctx.scale, ctx.want_state, ctx.summed)
+    return dqkv, None, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
 
 
 taylor_forward.register_autograd(_backward, setup_context=_setup)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, initial_state: TaylorState | None = None,
+def forward(qkv: Tensor, feature_dim: int, *, scale: float, initial_state: TaylorState | None = None,
             return_state: bool = False, cu_seqlens: Tensor | None = None) -> tuple[Tensor, TaylorState | None]:
-    """See `taylor_linear_attention`; the caller has asked `backends.taylor_backend` first."""
+    """See `taylor_linear_attention_qkv`; the caller has asked `backends.taylor_backend` first."""
     kv, z = initial_state if initial_state is not None else (None, None)
-    cu = None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
-    o, _, _, kv_out, z_out = taylor_forward(q, k, v, kv, z, cu, float(scale), return_state)
+    cu = None if cu_seqlens is None else cu_seqlens.to(device=qkv.device, dtype=torch.int32).contiguous()
+    o, _, _, kv_out, z_out = taylor_forward(qkv, feature_dim, kv, z, cu, float(scale), return_state)
     return o, TaylorState(kv_out, z_out) if return_state else None

@@ -1,10 +1,11 @@
 """DeepSpeed's bf16 optimizer (ZeRO-1: fp32 sums, master weights and states) with fewer passes over the gradients.
 
 A linear layer's weight gradient is added to the fp32 sum by the matrix product that computes it, so that it never
-exists in bf16 (megatron-core's gradient_accumulation_fusion); every other gradient is added by one kernel. Each
-data-parallel rank gets the sums of its partition alone: with ZeRO-1 by one reduce-scatter a step (where DeepSpeed
-all-reduces), with ZeRO-2, of matrices, during every backward pass. The gradient norm takes a few kernels, averaging,
-clipping and the test for infinities happen inside the fused AdamW, and the host never waits for the GPU.
+exists in bf16 (megatron-core's gradient_accumulation_fusion); those of norms, convolutions and the embedding by their
+kernels (`based_mp.ops.gradient_sum`); every other gradient by one kernel more. Each data-parallel rank gets the sums of
+its partition alone: with ZeRO-1 by one reduce-scatter a step (where DeepSpeed all-reduces), with ZeRO-2, of matrices,
+during every backward pass. The gradient norm takes a few kernels, averaging, clipping and the test for infinities
+happen inside the fused AdamW, and the host never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from based_mp.ops.gradient_sum import GradientSum
 from based_mp.training.sharded_gradients import ShardedGradients
 
 
 def add_weight_gradient(x: Tensor, dy: Tensor, total: Tensor, *more: tuple[Tensor, Tensor]) -> None:
     """total += dyᵀ x, of `more` pairs too. x: bf16 [tokens, in]; dy: bf16 [tokens, out]; total: fp32 [out, in].
 
-    Where `total` has a function `made` it is overwritten instead, and that is called (`ShardedGradients`).
+    Where `total` has a function `made` it is overwritten instead, and that is called (`GradientSum`).
     """
     made = getattr(total, "made", None)
     for i, (inputs, gradients) in enumerate(((x, dy), *more)):
@@ -70,12 +72,10 @@ class FusedBF16Optimizer(BF16_Optimizer):
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Any, group_idx: int, param_idx: int) -> None:
         """Of each parameter whose gradient autograd has made."""
         if lp_param.grad is not None:
-            gradient, lp_param.grad = lp_param.grad, None
-            if hasattr(lp_param.main_grad, "made"):
-                lp_param.main_grad.copy_(gradient)
-                lp_param.main_grad.made()
-            else:
-                lp_param.main_grad.add_(gradient)
+            summed = GradientSum(lp_param)
+            summed.total(lp_param.shape, lp_param.device).add_(lp_param.grad)
+            summed.made()
+            lp_param.grad = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from based_mp.errors import UserError
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 (slurm's warning) ask for a save and a clean exit at the end of the step."""
+    """SIGTERM and SIGUSR1 (slurm's warning) ask for a save and a clean exit at the end of the step (with several
+    ranks, of the next)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.received = device, False
+        self.answer: Callable[[], bool] = lambda: False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -24,12 +27,28 @@ class StopSignal:
         self.received = True
 
     def agreed(self) -> bool:
-        """True on all ranks once any has been asked; a collective call."""
-        if dist.get_world_size() == 1:                                    # no need to wait for the GPU
+        """True on all ranks once any has been asked; a collective call.
+
+        The answer is that of the call before, so that the host prepares a step while the GPU works on the last.
+        """
+        if dist.get_world_size() == 1:
             return self.received
-        flag = torch.tensor([self.received], dtype=torch.int32, device=self.device)
+        before, self.answer = self.answer, self._ask()
+        return before()
+
+    def _ask(self) -> Callable[[], bool]:
+        flag = torch.full((1,), int(self.received), dtype=torch.int32, device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        if not flag.is_cuda:
+            return lambda: bool(flag)
+        arrived, event = torch.empty(1, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+        arrived.copy_(flag, non_blocking=True)
+        event.record()
+
+        def answer() -> bool:
+            event.synchronize()
+            return bool(arrived)
+        return answer
 
 
 def check_loss(loss: float, step: int, last_checkpoint: str | None) -> None:

@@ -45,6 +45,6 @@ def test_how_states_travel(shape, packed, given, expected):
 
 
 def test_a_saved_work_space_says_what_it_holds():
-    q, v = torch.empty(2, 8192, 16, 16), torch.empty(2, 8192, 16, 64)
-    assert not taylor_cuda.holds_states(q, v, None, False)
-    assert taylor_cuda.holds_states(q, v, None, True)
+    qkv = torch.empty(2, 8192, 16, 16 + 16 + 64)
+    assert not taylor_cuda.holds_states(qkv, 16, None, False)
+    assert taylor_cuda.holds_states(qkv, 16, None, True)

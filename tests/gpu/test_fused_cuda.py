@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not backends.HAS_TRITON, reason="needs a CUDA GPU and Triton")
 
 
-@pytest.mark.parametrize("op", ["norm", "swiglu", "cross_entropy", "rope", "selective_scan"])
+@pytest.mark.parametrize("op", ["norm", "embedding", "swiglu", "cross_entropy", "rope", "selective_scan"])
 def test_against_float64(op):
     getattr(fused_checks, f"check_{op}")("cuda", scale=50)
 

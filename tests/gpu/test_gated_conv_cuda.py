@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from based_mp.ops import backends
-from based_mp.ops.gated_conv import _forward, _torch, gated_conv
+from based_mp.ops.gated_conv import _backward, _forward, _torch, gated_conv
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.extension() is None, reason="needs a Hopper GPU and based_mp._C")
@@ -79,9 +79,27 @@ def test_bitwise_repeatable_and_strided_gradient():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+def test_gradients_are_added_to_the_optimizers_sums():
+    x, weight, bias, dy = inputs(700, 2, 264, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    truth = torch.autograd.grad(_torch(*doubles, None, None, False), doubles, dy.double())
+    start = [torch.randn(t.shape, device="cuda") for t in (weight, bias)]
+    for parameter, total in zip((weight, bias), start, strict=True):
+        parameter.main_grad = total.clone()
+    for _ in range(2):
+        dx, *others = torch.autograd.grad(gated_conv(*leaves), leaves, dy, allow_unused=True)
+        assert others == [None, None] and error(dx, truth[0]) < 8e-3
+    for parameter, before, gradient in zip((weight, bias), start, truth[1:], strict=True):
+        assert error(parameter.main_grad, before.double() + 2 * gradient) < 1e-4
+
+
 def test_opcheck():
     x, weight, bias, _ = inputs(40, 2, 16, torch.float32)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for carried in (False, True):
         torch.library.opcheck(_forward, (*leaves, None, None, carried), test_utils=tests)
+    given = [t.detach() for t in (torch.randn(40, 2, 16, device="cuda"), *leaves)]
+    torch.library.opcheck(_backward, (*given, None, None, *(torch.zeros_like(t) for t in given[2:])),
+                          test_utils=("test_schema", "test_faketensor"))

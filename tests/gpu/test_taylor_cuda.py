@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from based_mp.ops import backends, taylor_cuda
-from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention
+from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_chunked
 
 pytestmark = pytest.mark.skipif(
@@ -114,13 +116,32 @@ def test_split_invariance(n):
     assert error(torch.cat([o1, o2], 1), o) < 5e-3
 
 
-def test_strides_and_misaligned_inputs():
-    x = torch.randn(2, 200, 3, 100, device="cuda", dtype=torch.bfloat16)
-    q, k, v = x[..., :16], x[..., 17:33], x[..., 36:100]
-    ref = taylor_chunked(q.double(), k.double(), v.double())[0]
-    assert error(taylor_linear_attention(q, k, v), ref) < 4e-3
-    y = torch.randn(2, 3, 200, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    assert error(taylor_linear_attention(q, k, y), taylor_chunked(q.double(), k.double(), y.double())[0]) < 4e-3
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3), (0, 1, 3, 2)])
+@pytest.mark.parametrize("first, f, d", [(0, 16, 64), (8, 8, 112), (3, 16, 80)])
+def test_strides_and_misaligned_inputs(order, first, f, d):
+    """Of qkv and of the output's gradient: the dimensions in memory in any order, rows on any boundary."""
+    def strided(*shape):
+        x = torch.randn(*(shape[i] + (first if i == 3 else 0) for i in order), device="cuda", dtype=torch.bfloat16)
+        return x.permute([order.index(i) for i in range(4)])[..., first:]
+
+    x, grad = strided(2, 300, 3, 2 * f + d).requires_grad_(), strided(2, 300, 3, d)
+    double = x.detach().double().requires_grad_()
+    o, ref = taylor_linear_attention_qkv(x, f), taylor_chunked(*taylor_cuda.parts(double, f))[0]
+    dx, truth = torch.autograd.grad(o, x, grad)[0], torch.autograd.grad(ref, double, grad.double())[0]
+    assert error(o, ref) < 4e-3
+    for part, expected in zip(taylor_cuda.parts(dx, f), taylor_cuda.parts(truth, f), strict=True):
+        assert error(part, expected) < 8e-3
+
+
+def test_nothing_is_copied_around_the_kernels():
+    """Output and gradient lie as the projections take them, [seq, batch, heads, ...]."""
+    x = torch.randn(300, 2, 3, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(300, 2, 3 * 64, device="cuda", dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        o = taylor_linear_attention_qkv(x.transpose(0, 1), 16).transpose(0, 1).flatten(2)
+        dx, = torch.autograd.grad(o, x, grad)
+    assert o.is_contiguous() and dx.is_contiguous()
+    assert not [e.key for e in profiler.key_averages() if re.search("copy|cpy|cat", e.key, re.IGNORECASE)]
 
 
 def test_hostile_inputs():
@@ -148,10 +169,15 @@ def test_bitwise_repeatable():
 
 
 def test_opcheck():
-    q, k, v, _ = make(1, 200, 2, 16, 64)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(taylor_cuda.taylor_forward, (q, k, v, None, None, None, 0.25, False), test_utils=tests[:3])
-    torch.library.opcheck(taylor_cuda.taylor_forward, (q, k, v, None, None, None, 0.25, True), test_utils=tests[:3])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for batch, return_state in ((1, False), (1, True), (2, False)):
+        qkv = torch.cat(make(batch, 200, 2, 16, 64)[:3], -1).detach().requires_grad_()
+        torch.library.opcheck(taylor_cuda.taylor_forward, (qkv, 16, None, None, None, 0.25, return_state),
+                              test_utils=tests)
+        o, denominator, space, *_ = taylor_cuda.taylor_forward(qkv.detach(), 16, None, None, None, 0.25, False)
+        torch.library.opcheck(taylor_cuda.taylor_backward, (
+            torch.ones_like(o), o, denominator, space, qkv.detach(), 16, None, None, None, 0.25, False,
+            taylor_cuda.holds_states(qkv, 16, None, False)), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compile():

@@ -45,15 +45,15 @@ class Rounded(torch.autograd.Function):
         return ((x.contiguous().view(torch.int32) + dither) & -(2**16)).view(torch.float32).bfloat16()
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, **unused: None) -> Tensor:
-    return taylor_chunked(q, k, v)[0]
+def plain(qkv: Tensor, feature_dim: int, **unused: None) -> Tensor:
+    return taylor_chunked(*taylor_cuda.parts(qkv, feature_dim))[0]
 
 
 def rounding_at_random(seed: int, device: torch.device) -> Callable[..., Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
 
-    def op(*qkv: Tensor, **unused: None) -> Tensor:
-        o = taylor_chunked(*(Rounded.apply(x, True, generator) for x in qkv))[0]
+    def op(qkv: Tensor, feature_dim: int, **unused: None) -> Tensor:
+        o = taylor_chunked(*(Rounded.apply(x, True, generator) for x in taylor_cuda.parts(qkv, feature_dim)))[0]
         return Rounded.apply(o, False, generator)
     return op
 
@@ -69,7 +69,7 @@ def train(model: torch.nn.Module, start: list[Tensor], op: Callable[..., Tensor]
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(4, 256, device=device)}
     losses = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_attention, "taylor_linear_attention", op)
+        patch.setattr(linear_attention, "taylor_linear_attention_qkv", op)
         for _ in range(STEPS):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, masters)
@@ -114,13 +114,18 @@ def within_noise(difference: Tensor, noise: list[Tensor]) -> bool:
 def test_losses_of_200_steps(runs):
     model, start, expected, noise = runs
     assert expected[-1] < 0.5 * expected[0]
-    assert within_noise(train(model, start, linear_attention.taylor_linear_attention) - expected, noise)
+    assert within_noise(train(model, start, linear_attention.taylor_linear_attention_qkv) - expected, noise)
 
 
 def test_a_gradient_off_by_a_twentieth_is_seen(runs, monkeypatch):
     """dk's, the one that moves the losses least."""
     model, start, expected, noise = runs
     right = taylor_cuda.taylor_backward
-    monkeypatch.setattr(taylor_cuda, "taylor_backward", lambda *args: tuple(
-        1.05 * x if i == 1 else x for i, x in enumerate(right(*args))))
-    assert not within_noise(train(model, start, linear_attention.taylor_linear_attention) - expected, noise)
+
+    def wrong(*args):
+        dqkv, *states = right(*args)
+        taylor_cuda.parts(dqkv, MODEL["feature_dim"])[1].mul_(1.05)
+        return dqkv, *states
+
+    monkeypatch.setattr(taylor_cuda, "taylor_backward", wrong)
+    assert not within_noise(train(model, start, linear_attention.taylor_linear_attention_qkv) - expected, noise)

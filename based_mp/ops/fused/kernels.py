@@ -44,11 +44,13 @@ def norm_backward(dy, dh, h, weight, rstd, dx, ddelta, dweight, dbias, rows, wid
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
         normed = tl.load(h + row * width + column, mask=here, other=0.0).to(tl.float32) * scale
         g = tl.load(dy + row * width + column, mask=here, other=0.0).to(tl.float32)
+        if HAS_DH:                                       # asked for before the row's sum, which waits for all threads
+            residual = tl.load(dh + row * width + column, mask=here, other=0.0).to(tl.float32)
         sum_weight += g * normed
         g = g * w
         grad = scale * (g - normed * (tl.sum(g * normed, 0) / width))
         if HAS_DH:
-            grad += tl.load(dh + row * width + column, mask=here, other=0.0).to(tl.float32)
+            grad += residual
         tl.store(dx + row * width + column, grad.to(dx.dtype.element_ty), mask=here)
         if TWO_TYPES:
             tl.store(ddelta + row * width + column, grad.to(ddelta.dtype.element_ty), mask=here)
@@ -58,6 +60,94 @@ def norm_backward(dy, dh, h, weight, rstd, dx, ddelta, dweight, dbias, rows, wid
     tl.store(dweight + at, sum_weight, mask=inside)
     if HAS_BIAS:
         tl.store(dbias + at, sum_bias, mask=inside)
+
+
+@triton.jit
+def add_sums(parts, dweight, dbias, width, COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+             COLUMNS: tl.constexpr):
+    """dweight, and with HAS_BIAS dbias [width] += the sums over COUNT of parts [1 or 2, COUNT, width]."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    total = dweight
+    if HAS_BIAS:
+        if tl.program_id(1) == 1:
+            total = dbias
+    parts += tl.program_id(1) * COUNT * width
+    summed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, COUNT, ROWS):
+        row = first + tl.arange(0, ROWS)
+        summed += tl.load(parts + row[:, None] * width + column[None, :], mask=(row < COUNT)[:, None] & inside[None, :],
+                          other=0.0)
+    before = tl.load(total + column, mask=inside, other=0.0)
+    tl.store(total + column, before + tl.sum(summed, 0), mask=inside)
+
+
+@triton.jit
+def read_rows(tokens, weight, y, first, batch, seq, rows, width, BLOCK: tl.constexpr):
+    """y [seq, batch, width]: the row of weight [rows, width] of one of tokens [batch, seq], zeros where it has none."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(tokens + place % batch * seq + place // batch) - first
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    own = inside & (row >= 0) & (row < rows)
+    tl.store(y + place * width + column, tl.load(weight + row * width + column, mask=own, other=0.0), mask=inside)
+
+
+@triton.jit
+def add_rows(dy, tokens, places, total, parts, first, count, rows, width, PIECE: tl.constexpr, TILE: tl.constexpr,
+             BLOCK: tl.constexpr):
+    """total [rows, width] += the rows of dy at all places of a token, but for tokens that reach into another piece.
+
+    tokens [count]: sorted, cut into pieces; places: where in dy each was; parts [pieces, 2, width]: sums of the token
+    that comes from the piece before (or begins with the piece) and of the one that goes on in the next.
+    """
+    i = tl.program_id(0)
+    token = tl.load(tokens + i)
+    row = token - first
+    begins = tl.load(tokens + i - 1, mask=i > 0, other=-1) != token
+    if (begins | (i % PIECE == 0)) & (row >= 0) & (row < rows):
+        end = tl.minimum(count, (i // PIECE + 1) * PIECE)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        tile = tl.zeros([TILE, BLOCK], tl.float32)
+        at = i + tl.arange(0, TILE)
+        same = tl.load(tokens + at, mask=at < end, other=-1) == token
+        while tl.max(same.to(tl.int32), 0) > 0:
+            place = tl.load(places + at, mask=same, other=0)
+            tile += tl.load(dy + place[:, None] * width + column[None, :], mask=same[:, None] & inside[None, :],
+                            other=0.0).to(tl.float32)
+            at += TILE
+            same = tl.load(tokens + at, mask=at < end, other=-1) == token
+        summed = tl.sum(tile, 0)
+        if begins & (tl.load(tokens + end, mask=end < count, other=-1) != token):
+            to = total + row.to(tl.int64) * width + column
+            tl.store(to, tl.load(to, mask=inside, other=0.0) + summed, mask=inside)
+        else:
+            slot = i // PIECE * 2 + (i % PIECE != 0).to(tl.int32)
+            tl.store(parts + slot * width + column, summed, mask=inside)
+
+
+@triton.jit
+def add_long_rows(parts, tokens, total, first, count, rows, width, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """What `add_rows` left in parts: of the token that begins in a piece and goes on in the next."""
+    piece = tl.program_id(0)
+    begin = piece * PIECE
+    end = begin + PIECE
+    token = tl.load(tokens + end, mask=end < count, other=-1)
+    opening = tl.load(tokens + begin)
+    row = token - first
+    goes_on = tl.load(tokens + end - 1, mask=end < count, other=-2) == token
+    begins = (opening != token) | (tl.load(tokens + begin - 1, mask=begin > 0, other=-2) != token)
+    if goes_on & begins & (row >= 0) & (row < rows):
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        slot = piece * 2 + (opening != token).to(tl.int32)
+        summed = tl.load(parts + slot * width + column, mask=inside, other=0.0)
+        while tl.load(tokens + end, mask=end < count, other=-1) == token:
+            summed += tl.load(parts + end // PIECE * 2 * width + column, mask=inside, other=0.0)
+            end += PIECE
+        to = total + row.to(tl.int64) * width + column
+        tl.store(to, tl.load(to, mask=inside, other=0.0) + summed, mask=inside)
 
 
 @triton.jit

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from based_mp.ops import backends
+from based_mp.ops.gradient_sum import GradientSum
 
-PROGRAMS = 1056      # of the backward pass, 8 for each multiprocessor of an H100: parts of the weight's gradient
+WARPS = 132 * 32         # of the backward pass, what an H100 holds at once with 64 registers a thread
+ROWS, COLUMNS = 512, 16                       # of the parts of the weight's gradient that a program adds at a time
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, bias: Tensor | None = None,
@@ -16,7 +18,8 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, bias: Tenso
     """h = x + delta (+ bias), y = h / rms(h) · weight over the last dimension.
 
     x: [..., width], fp32 for an fp32 residual; delta: the same shape or None (h = x); weight, bias: [width].
-    Returns h in x's dtype, y in the weight's. Sums in fp32 (fp64 for fp64 inputs).
+    Returns h in x's dtype, y in the weight's. Sums in fp32 (fp64 for fp64 inputs). On a GPU, gradients of a weight or
+    bias that has a `main_grad`, the optimizer's fp32 sum, are added to it and not handed on.
     """
     if backends.fused_backend(x) == "triton":
         return _AddNorm.apply(x, delta, bias, weight, eps)
@@ -47,7 +50,7 @@ class _AddNorm(torch.autograd.Function):
                                       HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block))
         ctx.save_for_backward(h, weight, rstd)
         ctx.delta_dtype = None if delta is None else delta.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.sums = [GradientSum(p) for p in (weight, bias) if p is not None]
         ctx.set_materialize_grads(False)
         if delta is None:
             return x.view_as(x), y
@@ -68,13 +71,17 @@ class _AddNorm(torch.autograd.Function):
         dx = torch.empty_like(h)
         two = ctx.delta_dtype not in (None, h.dtype)
         ddelta = torch.empty(h.shape, dtype=ctx.delta_dtype, device=h.device) if two else dx
-        each = -(-rows // PROGRAMS)
+        warps = max(4, min(16, block // 256))              # 8 values a thread, or they need more registers
+        each = -(-rows // (WARPS // warps))
         programs = -(-rows // each)
-        sums = torch.empty(2 if ctx.bias_dtype else 1, programs, width, dtype=torch.float32, device=h.device)
+        parts = torch.empty(len(ctx.sums), programs, width, dtype=torch.float32, device=h.device)
+        biased = len(ctx.sums) == 2
         kernels.norm_backward[(programs,)](
-            dy.contiguous(), dh, h, weight, rstd, dx, ddelta, sums[0], sums[-1], rows, width, ROWS_EACH=each,
-            HAS_DH=dh is not None, TWO_TYPES=two, HAS_BIAS=ctx.bias_dtype is not None, BLOCK=block,
-            num_warps=_warps(block))
-        sums = sums.sum(1)
-        return (dx, None if ctx.delta_dtype is None else ddelta,
-                sums[1].to(ctx.bias_dtype) if ctx.bias_dtype else None, sums[0].to(weight.dtype), None)
+            dy.contiguous(), dh, h, weight, rstd, dx, ddelta, parts[0], parts[-1], rows, width, ROWS_EACH=each,
+            HAS_DH=dh is not None, TWO_TYPES=two, HAS_BIAS=biased, BLOCK=block, num_warps=warps)
+        totals = [s.total((width,), h.device) for s in ctx.sums]
+        kernels.add_sums[(triton.cdiv(width, COLUMNS), len(totals))](
+            parts, totals[0], totals[-1], width, COUNT=programs, HAS_BIAS=biased, ROWS=ROWS, COLUMNS=COLUMNS,
+            num_warps=8)
+        dweight, dbias, *_ = [s.gradient(t) for s, t in zip(ctx.sums, totals, strict=True)] + [None]
+        return dx, None if ctx.delta_dtype is None else ddelta, dbias, dweight, None
