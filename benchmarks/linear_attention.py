@@ -93,9 +93,8 @@ def taylor_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, fl
             for _ in range(copies)]
     forward = rotated_us([lambda x=x: taylor_linear_attention(*x[:3]) for x in sets])
     saved = [taylor_cuda.taylor_forward(*x[:3], None, None, None, 0.25, False) for x in sets]
-    held = taylor_cuda.holds_states(*sets[0][1:3], None, False)
     backward = rotated_us([
-        lambda x=x, y=y: taylor_cuda.taylor_backward(x[3], *y[:3], *x[:3], None, None, None, 0.25, False, held)
+        lambda x=x, y=y: taylor_cuda.taylor_backward(x[3], *y[:3], *x[:3], None, None, None, 0.25, False)
         for x, y in zip(sets, saved, strict=True)])
     return forward, backward
 

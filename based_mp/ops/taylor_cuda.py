@@ -51,7 +51,8 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, reverse: bool = False,
-            exact: bool = False, summed: bool = False, boundary: int = 0, **tensors: Tensor | None) -> None:
+            exact: bool = False, summed: bool = True, boundary: int = 0, older: bool = False,
+            **tensors: Tensor | None) -> None:
     b, s, h, f = q.shape
     grad_o = tensors.get("grad_o")
     order = ["cu_seqlens", "space", "o", "denominator", "grad_o", "grad_dot", "dq", "dk", "dv", "kv_in", "z_in",
@@ -60,15 +61,15 @@ def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: f
     pointers = [0 if x is None else x.data_ptr() for x in given]
     strides = [n for x in (q, k, v, v if grad_o is None else grad_o) for n in x.stride()[:3]]
     sizes = [b, s, h, f, v.shape[-1], p.docs, p.segments, p.length, p.slots, int(exact), int(reverse),
-             int(summed), boundary]
+             int(summed), boundary, int(older)]
     with torch.cuda.device(q.device):
         extension().launch(names, pointers, strides, sizes, scale, torch.cuda.current_stream().cuda_stream)
 
 
 def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bool, given: bool) -> str:
-    """How the state reaches each segment: "none" (one segment), "sums" (readers add up the sums of earlier segments),
-    "scan" (a kernel does, needed where states come in or go out: `given`), or "walk" (outputs walk whole sequences and
-    leave the state at every segment for the gradients)."""
+    """How the state reaches each segment: "none" (one segment), "sums" (outputs add up the sums of earlier segments and
+    leave the state for the gradients), "scan" (a kernel does, needed where states come in or go out: `given`), or "walk"
+    (outputs walk whole sequences and leave the state at every segment for the gradients)."""
     if given or p.segments > SEGMENTS_WITHOUT_SCAN:
         return "scan"
     if p.slots == p.docs:
@@ -77,17 +78,17 @@ def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bo
     return "walk" if not packed and batch * heads * parts >= 3 * BLOCKS // 4 else "sums"
 
 
-def holds_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, given: bool) -> bool:
-    """Whether the work space a forward saves holds the states before segments, not the sums of segments."""
-    return _states(_shapes(q, v, cu_seqlens)[0], *v.shape, cu_seqlens is not None, given) != "sums"
-
-
 def _kernels(states: str, p: Plan, seq: int, space: Tensor | None) -> tuple[list[str], Plan, dict[str, object]]:
-    """The kernels up to and with the output's, the plan they run with, and what they get."""
+    """The kernels up to and with the output's, the plan they run with, and what they get; `space`, if any, then holds
+    the state of every segment."""
+    if states == "none":
+        return ["output"], p, {}
     if states == "walk":
         return ["output"], Plan(p.docs, 1, seq, p.docs), {"boundaries": space, "boundary": p.length}
-    before = ["segment_state"] * (states != "none") + ["scan"] * (states == "scan")
-    return [*before, "output"], p, {"space": space, "summed": states == "scan"}
+    if states == "sums":
+        return ["segment_state", "output"], p, {"space": torch.empty_like(space), "summed": False,
+                                                "boundaries": space, "boundary": p.length}
+    return ["segment_state", "scan", "output"], p, {"space": space}
 
 
 def _shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Plan, tuple[int, ...], tuple[int, ...]]:
@@ -111,7 +112,7 @@ def taylor_forward(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, z: Tensor
     kv_out = torch.empty(kv_shape if return_state else (0,), dtype=torch.float32, device=v.device)
     z_out = torch.empty(kv_shape[:-1] if return_state else (0,), dtype=torch.float32, device=v.device)
     kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
-    names, walked, how = _kernels(states, p, v.shape[1], space if space.numel() else None)
+    names, walked, how = _kernels(states, p, v.shape[1], space)
     _launch(names, walked, q, k, v, scale, exact=return_state, cu_seqlens=cu_seqlens, o=o, denominator=denominator,
             kv_in=kv, z_in=z, kv_out=kv_out if return_state else None, z_out=z_out if return_state else None, **how)
     return o.to(dtype), denominator, space, kv_out, z_out
@@ -131,8 +132,8 @@ def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
 def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-                    want_state: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z; `summed`: see `holds_states`."""
+                    want_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z."""
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
     dtype = v.dtype
     q, k, v, grad_o = (aligned(x) for x in (q, k, v, grad_o))
@@ -144,18 +145,17 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot}
-    _launch(["gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None,
-            summed=summed, **common)
+    _launch(["gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None, **common)
     suffix = None if states == "none" else torch.empty(space_shape, dtype=torch.float32, device=v.device)
     names, walked, how = _kernels(states, p, v.shape[1], suffix)
     _launch(names, walked, q, k, v, scale, reverse=True, dv=dv, kv_in=grad_kv, z_in=grad_z,
             kv_out=dkv if want_state else None, z_out=dz if want_state else None, **common, **how)
-    _launch(["gradient"], p, q, k, v, scale, reverse=True, space=suffix, summed=states != "sums", dk=dk, **common)
+    _launch(["gradient"], p, q, k, v, scale, reverse=True, older=True, space=suffix, dk=dk, **common)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dkv, dz
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state, summed):
+def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state):
     _, _, kv_shape = _shapes(q, v, cu_seqlens)
     return (*(torch.empty(x.shape, dtype=v.dtype, device=v.device) for x in (q, k, v)),
             torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device),
@@ -168,7 +168,6 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, o, denominator, space, cu_seqlens)
     ctx.scale, ctx.return_state = scale, return_state
     ctx.want_state = kv is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
-    ctx.summed = holds_states(q, v, cu_seqlens, return_state or kv is not None)
     ctx.mark_non_differentiable(denominator, space)
     ctx.set_materialize_grads(True)
 
@@ -178,7 +177,7 @@ def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
     if not ctx.return_state:
         grad_kv = grad_z = None
     dq, dk, dv, dkv, dz = taylor_backward(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens,
-                                          ctx.scale, ctx.want_state, ctx.summed)
+                                          ctx.scale, ctx.want_state)
     return dq, dk, dv, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
 
 
