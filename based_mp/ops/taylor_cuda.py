@@ -68,8 +68,8 @@ def _launch(names: list[str], p: Plan, q: Tensor, k: Tensor, v: Tensor, scale: f
 
 def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bool, given: bool) -> str:
     """How the state reaches each segment: "none" (one segment), "sums" (outputs add up the sums of earlier segments and
-    leave the state for the gradients), "scan" (a kernel does, needed where states come in or go out: `given`), or "walk"
-    (outputs walk whole sequences and leave the state at every segment for the gradients)."""
+    leave the states for the gradients), "scan" (a kernel adds them up, needed where states come in or go out: `given`),
+    or "walk" (outputs walk whole sequences and leave the state at every segment for the gradients)."""
     if given or p.segments > SEGMENTS_WITHOUT_SCAN:
         return "scan"
     if p.slots == p.docs:
