@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     const Shared<L> m{address(shared)};
     write_permutations(m.base + L::bytes);
     m.init(Shape<D>::Groups * 4);
-    wait_for_kernel_before();
+    if (!p.older) wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
     const int warp = threadIdx.x >> 5;
