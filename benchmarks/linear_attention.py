@@ -94,7 +94,7 @@ def taylor_times(b: int, h: int, n: int, d: int, copies: int) -> tuple[float, fl
     forward = rotated_us([lambda x=x: taylor_linear_attention(*x[:3]) for x in sets])
     saved = [taylor_cuda.taylor_forward(*x[:3], None, None, None, 0.25, False) for x in sets]
     backward = rotated_us([
-        lambda x=x, y=y: taylor_cuda.taylor_backward(x[3], *y[:3], *x[:3], None, None, None, 0.25, False)
+        lambda x=x, y=y: taylor_cuda.taylor_backward(x[3], *y[1:3], *x[:3], None, None, None, 0.25, False)
         for x, y in zip(sets, saved, strict=True)])
     return forward, backward
 

@@ -130,14 +130,13 @@ def _(q, k, v, kv, z, cu_seqlens, scale, return_state):
 
 
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
-def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
+def taylor_backward(grad_o: Tensor, denominator: Tensor, space: Tensor, q: Tensor, k: Tensor, v: Tensor,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
                     want_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and (where wanted, else empty) of the initial kv and z."""
     p, space_shape, kv_shape = _shapes(q, v, cu_seqlens)
     dtype = v.dtype
     q, k, v, grad_o = (aligned(x) for x in (q, k, v, grad_o))
-    o = o.to(torch.bfloat16).contiguous()
     dot = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in (q, k, v))
     states = _states(p, *v.shape, cu_seqlens is not None, want_state or grad_kv is not None)
@@ -145,7 +144,7 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     dkv = torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), dtype=torch.float32, device=v.device)
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot}
-    _launch(["gradient"], p, q, k, v, scale, o=o, dq=dq, space=space if space.numel() else None, **common)
+    _launch(["gradient"], p, q, k, v, scale, dq=dq, space=space if space.numel() else None, **common)
     suffix = None if states == "none" else torch.empty(space_shape, dtype=torch.float32, device=v.device)
     names, walked, how = _kernels(states, p, v.shape[1], suffix)
     _launch(names, walked, q, k, v, scale, reverse=True, dv=dv, kv_in=grad_kv, z_in=grad_z,
@@ -155,7 +154,7 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state):
+def _(grad_o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale, want_state):
     _, _, kv_shape = _shapes(q, v, cu_seqlens)
     return (*(torch.empty(x.shape, dtype=v.dtype, device=v.device) for x in (q, k, v)),
             torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=v.device),
@@ -164,8 +163,8 @@ def _(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens, scale
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, kv, z, cu_seqlens, scale, return_state = inputs
-    o, denominator, space, _, _ = output
-    ctx.save_for_backward(q, k, v, o, denominator, space, cu_seqlens)
+    _, denominator, space, _, _ = output
+    ctx.save_for_backward(q, k, v, denominator, space, cu_seqlens)
     ctx.scale, ctx.return_state = scale, return_state
     ctx.want_state = kv is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
     ctx.mark_non_differentiable(denominator, space)
@@ -173,10 +172,10 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
-    q, k, v, o, denominator, space, cu_seqlens = ctx.saved_tensors
+    q, k, v, denominator, space, cu_seqlens = ctx.saved_tensors
     if not ctx.return_state:
         grad_kv = grad_z = None
-    dq, dk, dv, dkv, dz = taylor_backward(grad_o, o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens,
+    dq, dk, dv, dkv, dz = taylor_backward(grad_o, denominator, space, q, k, v, grad_kv, grad_z, cu_seqlens,
                                           ctx.scale, ctx.want_state)
     return dq, dk, dv, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
 
