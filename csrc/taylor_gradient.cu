@@ -194,11 +194,13 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                         Wgmma<Keys>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128), operand(at + L::y + key * 16 + k * 2 * kPlane, kPlane, 128), 1);
                     wgmma_commit();
                     wgmma_wait<0>();
-                    // Of the first two tokens' gradients little is left, which would drown in the rounding of what cancels: there
-                    // grad_o . v of the first token comes off at once.
-                    if (!Reverse && n < 0 && key == 0) {
-                        const float first_product = __shfl_sync(~0u, d[0], lane & 28);
-                        if (half * 4 + warp == 0 && lane < 8) bias = first_product;
+                    // Of the first two tokens' gradients little is left, which would drown in the rounding of what cancels: their
+                    // grad_o . o, whose terms one lane has, comes off at once.
+                    if (!Reverse && n < 0 && key == 0 && half * 4 + warp == 0) {
+                        auto weight = [&](float s) { return fmaf(s, fmaf(s, 0.5f * p.scale * p.scale, p.scale), 1.f); };
+                        const float w0 = weight(x[0]), w1 = lane < 4 ? 0.f : weight(x[1]);
+                        const float dot = __shfl_sync(~0u, (w0 * d[0] + w1 * d[1]) / (w0 + w1), lane & 28);
+                        if (lane < 8) bias = dot;
                     }
                     const int reach = half * 64 + warp * 16 + (lane >> 2) - key - 2 * t;       // columns up to here count for row g
                     #pragma unroll
