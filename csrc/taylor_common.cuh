@@ -84,7 +84,7 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     // Where no outputs are made the walk goes the other way: it ends with the tokens in the L2 cache that outputs begin with.
     template <bool Reverse> static constexpr bool Backwards = Reverse == Rows;
     static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
-    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, d} a token: d = grad_o . o, backwards over den
+    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, grad_o . o / den} a token, the latter backwards
     static constexpr int stage = factors + kChunk * 8;
     static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
     static constexpr int state = published + kRows * 4;

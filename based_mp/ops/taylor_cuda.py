@@ -145,13 +145,13 @@ def _(qkv, feature_dim, kv, z, cu_seqlens, scale, return_state):
 
 
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
-def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, qkv: Tensor, feature_dim: int,
+def taylor_backward(grad_o: Tensor, denominator: Tensor, space: Tensor, qkv: Tensor, feature_dim: int,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
                     want_state: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv and (where wanted, else empty) of the initial kv and z."""
     p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     full = {"dtype": torch.float32, "device": qkv.device}
-    x, o, grad_o = (aligned(t) for t in (qkv, o, grad_o))
+    x, grad_o = aligned(qkv), aligned(grad_o)
     dot = torch.empty(o_shape[:3], **full)
     dqkv = _sequence_first(qkv.shape, torch.bfloat16, qkv.device)
     states = _states(p, *o_shape, cu_seqlens is not None, want_state or grad_kv is not None)
@@ -159,7 +159,7 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     dkv = torch.empty(kv_shape if want_state else (0,), **full)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), **full)
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot, "dqkv": dqkv}
-    _launch(["gradient"], p, x, feature_dim, scale, o=o, space=space if space.numel() else None, **common)
+    _launch(["gradient"], p, x, feature_dim, scale, space=space if space.numel() else None, **common)
     suffix = None if states == "none" else torch.empty(space_shape, **full)
     names, walked, how = _kernels(states, p, o_shape[1], suffix)
     _launch(names, walked, x, feature_dim, scale, reverse=True, kv_in=grad_kv, z_in=grad_z,
@@ -169,7 +169,7 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqlens, scale, want_state):
+def _(grad_o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqlens, scale, want_state):
     _, _, _, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     return (_sequence_first(qkv.shape, qkv.dtype, qkv.device),
             torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=qkv.device),
@@ -178,18 +178,18 @@ def _(grad_o, o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqle
 
 def _setup(ctx, inputs, output) -> None:
     qkv, ctx.feature_dim, kv, z, cu_seqlens, ctx.scale, ctx.return_state = inputs
-    o, denominator, space, _, _ = output
-    ctx.save_for_backward(qkv, o, denominator, space, cu_seqlens)
+    _, denominator, space, _, _ = output
+    ctx.save_for_backward(qkv, denominator, space, cu_seqlens)
     ctx.want_state = kv is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
     ctx.mark_non_differentiable(denominator, space)
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
-    qkv, o, denominator, space, cu_seqlens = ctx.saved_tensors
+    qkv, denominator, space, cu_seqlens = ctx.saved_tensors
     if not ctx.return_state:
         grad_kv = grad_z = None
-    dqkv, dkv, dz = taylor_backward(grad_o, o, denominator, space, qkv, ctx.feature_dim, grad_kv, grad_z, cu_seqlens,
+    dqkv, dkv, dz = taylor_backward(grad_o, denominator, space, qkv, ctx.feature_dim, grad_kv, grad_z, cu_seqlens,
                                     ctx.scale, ctx.want_state)
     return dqkv, None, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
 
