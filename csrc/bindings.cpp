@@ -20,7 +20,7 @@ template <typename T> T* pointer(int64_t address) { return reinterpret_cast<T*>(
 
 // names: kernels to launch in order. pointers, strides, sizes: in the order of based_mp/ops/taylor_cuda.py.
 void launch(const std::vector<std::string>& names, const std::array<int64_t, 17>& pointers,
-            const std::array<int64_t, 12>& strides, const std::array<int, 13>& sizes, float scale, int64_t stream) {
+            const std::array<int64_t, 12>& strides, const std::array<int, 14>& sizes, float scale, int64_t stream) {
     static const std::map<std::string, int (*)(const TaylorArgs*)> kernels = {
         {"segment_state", taylor_segment_state}, {"scan", taylor_scan}, {"output", taylor_output},
         {"gradient", taylor_gradient}};
@@ -40,12 +40,13 @@ void launch(const std::vector<std::string>& names, const std::array<int64_t, 17>
     a.batch = sizes[0]; a.seq = sizes[1]; a.heads = sizes[2]; a.features = sizes[3]; a.head_dim = sizes[4];
     a.docs = sizes[5]; a.segments = sizes[6]; a.segment = sizes[7]; a.slots = sizes[8];
     a.exact = sizes[9]; a.reverse = sizes[10]; a.summed = sizes[11];
-    a.boundaries = pointer<float>(p[16]); a.boundary = sizes[12];
+    a.boundaries = pointer<float>(p[16]); a.boundary = sizes[12]; a.older = sizes[13];
     a.scale = scale;
     a.stream = pointer<void>(stream);
     for (const auto& name : names) {
         const int code = kernels.at(name)(&a);
         if (code) throw std::runtime_error("CUDA error " + std::to_string(code) + " launching taylor kernel " + name);
+        a.older = 1;
     }
 }
 

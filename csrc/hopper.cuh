@@ -100,7 +100,8 @@ __device__ __forceinline__ void warp_arrive(uint32_t bar) {
     if (kWarpArrivals == 32 || (threadIdx.x & 31) == 0) barrier_arrive(bar);
 }
 
-// Until the kernel before this one in the stream is done, its results visible; the next one may start its first steps now.
+// Until the kernel before this one in the stream is done, its results visible; the next one may start its first steps now. So
+// what came before the kernel before is done from the start.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 }

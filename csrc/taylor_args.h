@@ -9,7 +9,7 @@ struct TaylorArgs {
     const int* cu_seqlens;                              // [docs + 1] or null
     // Work space and outputs; denominator and grad_dot are contiguous.
     float* space;                                       // [slots, heads, 160 (head_dim + 8)] segment states, or null
-    float* boundaries;                                  // the same, to be written by taylor_output as taylor_scan would, or null
+    float* boundaries;                                  // the same, states that taylor_output leaves for taylor_gradient, or null
     void* o;                                            // bf16 [batch, seq, heads, head_dim]
     int64_t o_stride[3];
     float* denominator;                                 // [batch, seq, heads]
@@ -25,7 +25,8 @@ struct TaylorArgs {
     int docs, segments, segment, slots;                 // segments of `segment` tokens each document (fixed lengths)
     int exact, reverse;
     int boundary;                                       // segment length of `boundaries`, a multiple of 128
-    int summed;                                         // taylor_scan ran on `space`; else the readers add up segments
+    int summed;                                         // `space` holds states; else sums of segments, which taylor_output adds up
+    int older;                                          // the kernel before makes nothing that is read but `space`
     float scale;
     void* stream;
 };

@@ -30,7 +30,8 @@ using bf16 = __nv_bfloat16;
 
 // ---------------------------------------------------------------------------------------------------- segments
 struct Segment {
-    int doc, batch, first, length;               // tokens [first, first + length) of row `batch`
+    int doc, batch, first, length;               // tokens [first, first + length) of row `batch`,
+    int begin, end;                              // of a document [begin, end)
 };
 
 __device__ __forceinline__ int first_slot(const TaylorArgs& p, int doc) {
@@ -39,7 +40,6 @@ __device__ __forceinline__ int first_slot(const TaylorArgs& p, int doc) {
 
 // The segment of a slot; false where the slot is unused. Document i of a pack starts at slot cu[i] / segment + i.
 __device__ __forceinline__ bool find_segment(const TaylorArgs& p, int slot, Segment& s) {
-    int begin, end;
     if (p.cu_seqlens) {
         int lo = 0, hi = p.docs - 1;
         while (lo < hi) {
@@ -47,19 +47,19 @@ __device__ __forceinline__ bool find_segment(const TaylorArgs& p, int slot, Segm
             if (first_slot(p, mid) <= slot) lo = mid; else hi = mid - 1;
         }
         s.doc = lo; s.batch = 0;
-        begin = p.cu_seqlens[lo]; end = p.cu_seqlens[lo + 1];
+        s.begin = p.cu_seqlens[lo]; s.end = p.cu_seqlens[lo + 1];
     } else {
         s.doc = s.batch = slot / p.segments;
-        begin = 0; end = p.seq;
+        s.begin = 0; s.end = p.seq;
     }
-    s.first = begin + (slot - first_slot(p, s.doc)) * p.segment;
-    s.length = min(p.segment, end - s.first);
+    s.first = s.begin + (slot - first_slot(p, s.doc)) * p.segment;
+    s.length = min(p.segment, s.end - s.first);
     return s.length > 0;
 }
 __device__ __forceinline__ int chunk_count(const Segment& s) { return (s.length + kChunk - 1) / kChunk; }
-// The chunk handled in step i of the walk, and how many of its tokens are real.
-template <bool Reverse> __device__ __forceinline__ int chunk_begin(const Segment& s, int i) {
-    return (Reverse ? chunk_count(s) - 1 - i : i) * kChunk;
+// Where the chunk handled in step i of a walk begins.
+template <bool Backwards> __device__ __forceinline__ int chunk_begin(const Segment& s, int i) {
+    return (Backwards ? chunk_count(s) - 1 - i : i) * kChunk;
 }
 
 // Row `token` of [batch, seq, heads, ...].
@@ -81,8 +81,10 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     static constexpr int Makers = Makers_, Loaders = Loaders_;
     static constexpr int RowColumns = U;
     static constexpr bool WithRows = Rows;
+    // Where no outputs are made the walk goes the other way: it ends with the tokens in the L2 cache that outputs begin with.
+    template <bool Reverse> static constexpr bool Backwards = Reverse == Rows;
     static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
-    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, d} a token: d = grad_o . o, backwards over den
+    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, grad_o . o / den} a token, the latter backwards
     static constexpr int stage = factors + kChunk * 8;
     static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
     static constexpr int state = published + kRows * 4;
@@ -181,7 +183,7 @@ __device__ __forceinline__ void make_features(const Segment& s, int chunks, cons
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
         const uint4 a = load_shared_vector(at + L::x + row * 16), b = load_shared_vector(at + L::x + kPlane + row * 16);
         const uint32_t x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        uint32_t z[8], lost[8], one = chunk_begin<Reverse>(s, i) + row < s.length ? 0x3f803f80u : 0u;
+        uint32_t z[8], lost[8], one = chunk_begin<L::template Backwards<Reverse>>(s, i) + row < s.length ? 0x3f803f80u : 0u;
         if (Reverse) {
             const float inverse = load_shared2(at + L::factors + row * 8).x;
             one = pack(inverse, inverse);
@@ -208,7 +210,7 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
     for (int i = 0; i < L::Stages; ++i)          // backwards a token's own thread writes the first word, chunk by chunk
         for (int j = thread; j < kChunk * 4; j += L::Loaders)
             if (!Reverse || j % 4) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
-    constexpr int Ahead = L::Stages < 4 ? L::Stages - 1 : 3;           // chunks on their way at a time
+    constexpr int Ahead = L::WithRows ? 1 : 2;   // chunks on their way behind the one handed over: more would keep the first ones back
     int handed = 0;
     auto hand_over = [&] {
         fence_for_tensor_cores();
@@ -217,7 +219,7 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
     const int64_t* ys = Reverse ? p.grad_stride : p.stride;
     const int64_t* us = Reverse ? p.stride : p.grad_stride;
     for (int i = 0; i < chunks; ++i) {
-        const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), first = s.first + begin;
+        const int begin = chunk_begin<L::template Backwards<Reverse>>(s, i), valid = min(kChunk, s.length - begin), first = s.first + begin;
         const uint32_t at = m.stage(i);
         if (i >= L::Stages) {
             const int parity = Shared<L>::stage_parity(i - L::Stages);
@@ -257,6 +259,10 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& 
             hand_over();
         }
     }
+    if (chunks - handed == 2) {
+        copies_wait<1>();
+        hand_over();
+    }
     copies_wait<0>();
     while (handed < chunks) hand_over();
 }
@@ -277,28 +283,33 @@ template <int N, bool Reverse> struct State {
     __device__ __forceinline__ static int tile() { return threadIdx.x >> 5; }
     __device__ __forceinline__ static int row() { return tile() * 16 + ((threadIdx.x & 31) >> 2); }
 
-    // sum += F(x)^T y over chunk i. The rows behind the last tile are whatever lies there: nobody reads them.
-    template <class L> __device__ __forceinline__ void update(const Shared<L>& m, int i) {
+    // sum += F(x)^T y over the walk's n-th half of a chunk, not waited for. The rows behind the last tile are whatever lies there:
+    // nobody reads them.
+    template <class L> __device__ __forceinline__ void add(const Shared<L>& m, int n) {
         const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-        const uint32_t y = m.stage(i) + L::y;
+        const uint32_t y = m.stage(n / 2) + L::y + n % 2 * kHalf * 16, f = m.features(n) + group * 8 * kFeaturePlane;
+        barrier_wait(m.made(n), Shared<L>::half_parity(n));
+        wgmma_begin();
         #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int n = 2 * i + half;
-            barrier_wait(m.made(n), Shared<L>::half_parity(n));
-            const uint32_t f = m.features(n) + group * 8 * kFeaturePlane;
-            wgmma_begin();
+        for (int term = 0; term < L::Terms; ++term)
             #pragma unroll
-            for (int term = 0; term < L::Terms; ++term)
-                #pragma unroll
-                for (int step = 0; step < kHalf / 16; ++step)
-                    add_product(f + term * kFeatures + step * 256, y + half * kHalf * 16 + step * 256);
-            wgmma_commit();
-            if (L::Halves == 1 || half == 1) {
-                wgmma_wait<0>();
-                if (L::Halves > 1) warp_arrive(m.used(n - 1));
-                warp_arrive(m.used(n));
-            }
+            for (int step = 0; step < kHalf / 16; ++step) add_product(f + term * kFeatures + step * 256, y + step * 256);
+        wgmma_commit();
+    }
+    // Both halves of chunk i.
+    template <class L> __device__ __forceinline__ void update(const Shared<L>& m, int i) {
+        add(m, 2 * i);
+        if (L::Halves == 1) {
+            wgmma_wait<0>();
+            warp_arrive(m.used(2 * i));
+            add(m, 2 * i + 1);
+        } else {
+            add(m, 2 * i + 1);
+            wgmma_wait<1>();
+            warp_arrive(m.used(2 * i));
         }
+        wgmma_wait<0>();
+        warp_arrive(m.used(2 * i + 1));
     }
 
     // sum += f y, in two pieces where one instruction would need more registers than a thread starts with.
@@ -347,8 +358,8 @@ template <int N, bool Reverse> struct State {
         for (int n = 0; n < N / 8; ++n)
             if (real(p, n, column)) to[place(p, n, column)] = make_float4(sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]);
     }
-    // The state before the segment of `slot` (behind it, if Reverse): its own entry once taylor_scan ran, else the sum
-    // over the document's earlier (later) segments, in order.
+    // The state before the segment of `slot` (behind it, if Reverse): its own entry where p.summed, else the sum over the
+    // document's earlier (later) segments, in order.
     __device__ __forceinline__ void load(const TaylorArgs& p, int slot, int head, int column, int doc) {
         #pragma unroll
         for (int i = 0; i < N / 2; ++i) sum[i] = 0.f;
@@ -377,19 +388,20 @@ template <int N, bool Reverse> struct State {
 template <class L, bool Reverse>
 __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& s, int slot, int head, int column, const Shared<L>& m) {
     State<L::Columns + 8, Reverse> state;
+    wait_for_kernel_before();                        // if only for the states
     state.load(p, slot, head, column, s.doc);
     auto at_boundary = [&](int begin) { return Reverse ? (begin + kChunk) % p.boundary == 0 || begin + kChunk >= s.length : begin % p.boundary == 0; };
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;      // no state before the first chunk
     for (int i = 0; i < chunks; ++i) {
         const int n = i - skipped, begin = chunk_begin<Reverse>(s, i);
-        if (p.boundaries && at_boundary(begin))
-            state.store(p, p.boundaries, s.doc * ((s.length + p.boundary - 1) / p.boundary) + begin / p.boundary, head, column);
         if (n >= 0) {
             if (n >= L::Published) barrier_wait(m.released(n), Shared<L>::state_parity(n - L::Published));
             state.publish(m.state(n), m.state(n) + L::last, p.scale);
             __syncwarp();
             if (state.tile() < kTiles) warp_arrive(m.published(n));
         }
+        if (p.boundaries && at_boundary(begin))
+            state.store(p, p.boundaries, slot * ((s.length + p.boundary - 1) / p.boundary) + begin / p.boundary, head, column);
         if (i + 1 == chunks) break;                  // nobody waits for the last stage: an arrival could end the phase of the one before
         state.update(m, i);
         warp_arrive(m.empty(i));

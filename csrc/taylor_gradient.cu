@@ -1,7 +1,9 @@
 // Gradients of q and k, contractions over the value columns. With e_t = [grad_o_t | -(grad_o_t . o_t)] / den_t:
 //   forwards   dq_t = (dF/dq)^T G S e_t       + scale * sum_j (1 + s_tj) (e_t . [v_j | 1]) k_j, j <= t inside the chunk,
 //   backwards  dk_j = (dF/dk)^T G R [v_j | 1] + scale * sum_t (1 + s_tj) (e_t . [v_j | 1]) q_t, t >= j inside the chunk,
-// S and R the states before and behind the chunk (taylor_output.cu). One block a (segment, head).
+// S and R the states before and behind the chunk (taylor_output.cu). Forwards the last column's part is kept apart until
+// grad_o_t . o_t is known, which comes out of the same products: F(q_t) G S [grad_o_t | 0] + sum_j w_tj grad_o_t . v_j over den_t.
+// One block a (segment, head).
 #include "taylor_common.cuh"
 using namespace taylor;
 
@@ -69,9 +71,42 @@ __device__ __forceinline__ void through_tiles(float (&dx)[8], const float* d, co
     if constexpr (Count > 1) through_tiles<First + 1, Count - 1>(dx, d + 8, x0, x1, permutations);
 }
 
+// The lane's part of x . d for rows g and g + 8 of the warp, d in an accumulator.
+__device__ __forceinline__ float2 row_products(const float* d, const uint32_t (&x0)[8], const uint32_t (&x1)[8]) {
+    return {low(x0[0]) * d[0] + high(x0[0]) * d[1] + low(x0[4]) * d[4] + high(x0[4]) * d[5],
+            low(x1[0]) * d[2] + high(x1[0]) * d[3] + low(x1[4]) * d[6] + high(x1[4]) * d[7]};
+}
+
+// dx += (dF/dx)^T z for 16 rows x, z one row of features at `last`: z's first tile, and x times the symmetric matrix of the others,
+// in two bf16 terms. x: the rows as left operand.
+__device__ __forceinline__ void add_column(float (&dx)[8], const uint32_t (&x)[4], uint32_t last) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    auto entry = [&](int a, int b) {                 // of x_a x_b, see taylor_common.cuh
+        const int r = b - a & 15, row = r < 8 ? 16 * (r + 1) + a : r == 8 ? 144 + (a & 7) : 16 * (17 - r) + b;
+        const float z = __uint_as_float(load_shared(last + row * 4));
+        return r == 0 ? 2.f * z : z;
+    };
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        uint32_t high_term[2], low_term[2];
+        #pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float z0 = entry(8 * k + 2 * t, 8 * n + g), z1 = entry(8 * k + 2 * t + 1, 8 * n + g);
+            high_term[k] = pack(z0, z1);
+            low_term[k] = pack(z0 - low(high_term[k]), z1 - high(high_term[k]));
+        }
+        mma(dx + 4 * n, x, high_term[0], high_term[1]);
+        mma(dx + 4 * n, x, low_term[0], low_term[1]);
+        const float2 z = load_shared2(last + (8 * n + 2 * t) * 4);
+        dx[4 * n] += z.x; dx[4 * n + 1] += z.y;
+        dx[4 * n + 2] += z.x; dx[4 * n + 3] += z.y;
+    }
+}
+
 // The gradient that comes through the published state, Features rows of it at a time: the next ones are multiplied while
 // those before go through the features' derivatives.
-// u: rows of the wide operand; sign, dot: what their last column adds (see publish), dot0 and dot1 for rows g and g + 8.
+// u: rows of the wide operand, whose last column is 1 backwards, taken to be 0 forwards. products: forwards, the lane's part of
+// F(x) . d for rows g and g + 8; features of the second order come twice in x . (dF/dx)^T d.
 template <int D, int Features>
 __device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint32_t u, uint32_t state, int first) {
     wgmma_begin();
@@ -81,9 +116,9 @@ __device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint32_
                             operand(state + first * 256 + k * 2 * kStatePlane, kStatePlane, 128), k > 0);
     wgmma_commit();
 }
-template <int D, int Features, int First>
-__device__ __forceinline__ void through_state(float (&dx)[8], float (&d)[Features / 2], uint32_t u, uint32_t state, uint32_t last,
-                                              float dot0, float dot1, const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
+template <int D, int Features, bool Reverse, int First>
+__device__ __forceinline__ void through_state(float (&dx)[8], float2& products, float (&d)[Features / 2], uint32_t u, uint32_t state, uint32_t last,
+                                              const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
     constexpr int Next = First + Features / 16;
     float next[Features / 2];
     if constexpr (Next < kTiles) {
@@ -92,83 +127,43 @@ __device__ __forceinline__ void through_state(float (&dx)[8], float (&d)[Feature
     } else {
         wgmma_wait<0>();
     }
-    #pragma unroll
-    for (int n = 0; n < Features / 8; ++n) {
-        const float2 z = load_shared2(last + (First * 16 + n * 8 + (threadIdx.x & 3) * 2) * 4);
-        d[4 * n] += dot0 * z.x; d[4 * n + 1] += dot0 * z.y;
-        d[4 * n + 2] += dot1 * z.x; d[4 * n + 3] += dot1 * z.y;
-    }
+    if (Reverse)
+        #pragma unroll
+        for (int n = 0; n < Features / 8; ++n) {
+            const float2 z = load_shared2(last + (First * 16 + n * 8 + (threadIdx.x & 3) * 2) * 4);
+            d[4 * n] += z.x; d[4 * n + 1] += z.y;
+            d[4 * n + 2] += z.x; d[4 * n + 3] += z.y;
+        }
+    if (!Reverse && First == 0) products = row_products(d, x0, x1);
     through_tiles<First, Features / 16>(dx, d, x0, x1, permutations);
-    if constexpr (Next < kTiles) through_state<D, Features, Next>(dx, next, u, state, last, dot0, dot1, x0, x1, permutations);
-}
-
-// grad_o . o of the warp's 16 tokens from `first` of the segment on, once the stage is full: to `factors`, where this walk
-// reads it, and to device memory for the kernels that follow. u: their rows of grad_o. Eight lanes share a row.
-template <int D>
-__device__ __forceinline__ void take_dots(const TaylorArgs& p, const Segment& s, int head, int first, int valid, uint32_t u,
-                                          uint32_t factors, uint32_t full, int parity) {
-    constexpr int Vectors = D / 8, Passes = (Vectors + 7) / 8;
-    const int lane = threadIdx.x & 31, row = lane >> 3, vector = lane & 7;
-    const int64_t index = token_index(p, s.batch, s.first + first + row, head);
-    const bf16* from = token_row(p.o, p.o_stride, s.batch, s.first + first + row, head) + vector * 8;
-    uint4 o[4][Passes];
-    #pragma unroll
-    for (int j = 0; j < 4; ++j)
-        #pragma unroll
-        for (int i = 0; i < Passes; ++i)
-            if (row + 4 * j < valid && vector + 8 * i < Vectors) o[j][i] = *reinterpret_cast<const uint4*>(from + 4 * j * p.o_stride[1] + 64 * i);
-            else o[j][i] = uint4{};
-    // The next chunk's rows are asked for meanwhile: this warp's, with the halves swapped where two groups take turns.
-    const int ahead = kChunk + (Shape<D>::Groups == 2 ? (first / kHalf % 2 ? -kHalf : kHalf) : 0) + (lane & 15);
-    if (first + ahead < s.length && (lane >> 4) * 64 < D) {
-        const bf16* line = token_row(p.o, p.o_stride, s.batch, s.first + first + ahead, head) + (lane >> 4) * 64;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    if constexpr (Next < kTiles) {
+        through_state<D, Features, Reverse, Next>(dx, products, next, u, state, last, x0, x1, permutations);
+    } else if (!Reverse) {
+        const float2 twice = row_products(dx, x0, x1);
+        products.x = 0.5f * (products.x + twice.x) + d[Features / 2 - 4];      // the constant feature's; 0 in lanes that do not hold it
+        products.y = 0.5f * (products.y + twice.y) + d[Features / 2 - 2];
     }
-    barrier_wait(full, parity);
-    #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        float dot = 0.f;
-        #pragma unroll
-        for (int i = 0; i < Passes; ++i) {
-            if (vector + 8 * i >= Vectors) continue;
-            const uint4 x = o[j][i], y = load_shared_vector(u + (vector + 8 * i) * kPlane + (row + 4 * j) * 16);
-            dot += low(x.x) * low(y.x) + high(x.x) * high(y.x) + low(x.y) * low(y.y) + high(x.y) * high(y.y)
-                 + low(x.z) * low(y.z) + high(x.z) * high(y.z) + low(x.w) * low(y.w) + high(x.w) * high(y.w);
-        }
-        #pragma unroll
-        for (int mask = 4; mask; mask >>= 1) dot += __shfl_xor_sync(~0u, dot, mask);
-        if (vector == 0) {
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(factors + (row + 4 * j) * 8 + 4), "f"(dot) : "memory");
-            if (row + 4 * j < valid) p.grad_dot[index + (int64_t)4 * j * p.heads] = dot;
-        }
-    }
-    __syncwarp();
 }
 
 template <int D, bool Reverse>
 __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segment& s, int head, const Shared<typename Shape<D>::Tiles>& m) {
     using L = typename Shape<D>::Tiles;
-    constexpr int Keys = Shape<D>::Keys, Groups = Shape<D>::Groups;
+    constexpr int Keys = Reverse ? Shape<D>::Keys : 32, Groups = Shape<D>::Groups;
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
     const uint32_t triangle = causal_triangle<Reverse>();
     for (int i = 0; i < chunks; ++i) {
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), n = i - skipped;
         const uint32_t at = m.stage(i);
-        if (Reverse) barrier_wait(m.full(i), Shared<L>::stage_parity(i));
+        barrier_wait(m.full(i), Shared<L>::stage_parity(i));
         #pragma unroll 1
         for (int turn = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4; turn < 2; turn += Groups) {
             const int half = half_of(turn, i);
             const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 16, u = at + L::u + half * 1024;
             const bool work = half * 64 < valid;
-            float dx[8] = {};
-            float2 f0 = {1.f, 0.f}, f1 = {1.f, 0.f};               // {1 / den, grad_o . o} of this lane's two rows
-            if (!Reverse) {
-                take_dots<D>(p, s, head, begin + half * 64 + warp * 16, valid - half * 64 - warp * 16, rows - L::r + L::u,
-                             at + L::factors + (half * 64 + warp * 16) * 8, m.full(i), Shared<L>::stage_parity(i));
-                f0 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2)) * 8);
-                f1 = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2) + 8) * 8);
-            }
+            float dx[8] = {}, column[8] = {};        // column: forwards, of the last column, which is the gradient of den
+            float2 products = {};                    // forwards, this lane's part of den grad_o . o for its two rows
+            float bias = 0.f;                        // the same over den, taken off before everything: see below
             if (n >= 0) {
                 barrier_wait(m.published(n), Shared<L>::state_parity(n));
                 if (work) {
@@ -176,8 +171,12 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                     float d[Shape<D>::Features / 2];
                     multiply_state<D, Shape<D>::Features>(d, u, m.state(n), 0);
                     load_rows(x0, x1, rows);
-                    through_state<D, Shape<D>::Features, 0>(dx, d, u, m.state(n), m.state(n) + L::last, Reverse ? 1.f : -f0.y,
-                                                            Reverse ? 1.f : -f1.y, x0, x1, m.base + L::bytes);
+                    through_state<D, Shape<D>::Features, Reverse, 0>(dx, products, d, u, m.state(n), m.state(n) + L::last, x0, x1, m.base + L::bytes);
+                    if (!Reverse) {
+                        uint32_t own[4];
+                        load_own(own, rows);
+                        add_column(column, own, m.state(n) + L::last);
+                    }
                 }
                 if (turn + Groups >= 2) warp_arrive(m.released(n));
             }
@@ -195,43 +194,75 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                         Wgmma<Keys>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128), operand(at + L::y + key * 16 + k * 2 * kPlane, kPlane, 128), 1);
                     wgmma_commit();
                     wgmma_wait<0>();
+                    // Of the first two tokens' gradients little is left, which would drown in the rounding of what cancels: their
+                    // grad_o . o, whose terms one lane has, comes off at once.
+                    if (!Reverse && n < 0 && key == 0 && half * 4 + warp == 0) {
+                        auto weight = [&](float s) { return fmaf(s, fmaf(s, 0.5f * p.scale * p.scale, p.scale), 1.f); };
+                        const float w0 = weight(x[0]), w1 = lane < 4 ? 0.f : weight(x[1]);
+                        const float dot = __shfl_sync(~0u, (w0 * d[0] + w1 * d[1]) / (w0 + w1), lane & 28);
+                        if (lane < 8) bias = dot;
+                    }
+                    const int reach = half * 64 + warp * 16 + (lane >> 2) - key - 2 * t;       // columns up to here count for row g
                     #pragma unroll
                     for (int c = 0; c < Keys / 8; ++c) {
                         float4 factor;               // {1 / den, grad_o . o / den} of two columns
                         if (Reverse) factor = load_shared4(at + L::factors + (key + c * 8 + 2 * t) * 8);
                         #pragma unroll
                         for (int e = 0; e < 4; ++e) {
-                            float& y = d[4 * c + e];
+                            float &y = d[4 * c + e], &w = x[4 * c + e];
                             if (Reverse) y = fmaf(y, e & 1 ? factor.z : factor.x, -(e & 1 ? factor.w : factor.y));
-                            else y -= e & 2 ? f1.y : f0.y;
-                            y *= fmaf(x[4 * c + e], p.scale * p.scale, p.scale);
+                            else if (!(e & 2)) y -= bias;
+                            if (!Reverse && c * 8 + (e & 1) <= reach + (e & 2) * 4) {
+                                float& sum = e & 2 ? products.y : products.x;
+                                sum = fmaf(y, fmaf(w, fmaf(w, 0.5f * p.scale * p.scale, p.scale), 1.f), sum);
+                            }
+                            w = fmaf(w, p.scale * p.scale, p.scale);
+                            y *= w;
                         }
                     }
-                    uint32_t a[Keys / 16][4];
+                    uint32_t a[Keys / 16][4], b[Keys / 16][4];
                     #pragma unroll
                     for (int k = 0; k < Keys / 16; ++k) {
                         pack_operand(a[k], d, k);
                         mask_operand<Reverse>(a[k], key / 16 + k - half * 4 - warp, triangle);
+                        if (Reverse) continue;
+                        pack_operand(b[k], x, k);
+                        mask_operand<Reverse>(b[k], key / 16 + k - half * 4 - warp, triangle);
                     }
                     wgmma_begin();
                     #pragma unroll
-                    for (int k = 0; k < Keys / 16; ++k)
-                        Wgmma<16>::rs<1>(dx, a[k], operand(at + L::x + key * 16 + k * 256, 128, kPlane), 1);
+                    for (int k = 0; k < Keys / 16; ++k) {
+                        const uint64_t keys = operand(at + L::x + key * 16 + k * 256, 128, kPlane);
+                        Wgmma<16>::rs<1>(dx, a[k], keys, 1);
+                        if (!Reverse) Wgmma<16>::rs<1>(column, b[k], keys, 1);
+                    }
                     wgmma_commit();
                     wgmma_wait<0>();
                 }
             }
+            float inverse[2];                        // forwards, 1 / den of the two rows
+            #pragma unroll
+            for (int side = 0; side < 2; ++side) inverse[side] = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2) + side * 8) * 8).x;
             if (turn + Groups >= 2) warp_arrive(m.empty(i));
             if (!work) continue;
             #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const int row = half * 64 + warp * 16 + (lane >> 2) + side * 8;
+                float factor = 1.f, dot = 0.f;       // 1 / den and grad_o . o - bias
+                if (!Reverse) {
+                    dot = side ? products.y : products.x;
+                    dot += __shfl_xor_sync(~0u, dot, 1);
+                    dot += __shfl_xor_sync(~0u, dot, 2);
+                    factor = inverse[side];
+                    dot *= factor;
+                }
                 if (row >= valid) continue;
-                bf16* to = token_row(Reverse ? p.dk : p.dq, p.d_stride, s.batch, s.first + begin + row, head) + t * 2;
-                const float factor = side ? f1.x : f0.x;
-                *reinterpret_cast<uint32_t*>(to) = pack(dx[2 * side] * factor, dx[2 * side + 1] * factor);
-                if (p.features > 8)
-                    *reinterpret_cast<uint32_t*>(to + 8) = pack(dx[4 + 2 * side] * factor, dx[4 + 2 * side + 1] * factor);
+                const int token = s.first + begin + row;
+                if (!Reverse && t == 0) p.grad_dot[token_index(p, s.batch, token, head)] = dot + (side ? 0.f : bias);
+                bf16* to = token_row(Reverse ? p.dk : p.dq, p.d_stride, s.batch, token, head) + t * 2;
+                auto two = [&](int e) { return pack((dx[e] - dot * column[e]) * factor, (dx[e + 1] - dot * column[e + 1]) * factor); };
+                *reinterpret_cast<uint32_t*>(to) = two(2 * side);
+                if (p.features > 8) *reinterpret_cast<uint32_t*>(to + 8) = two(4 + 2 * side);
             }
         }
     }
@@ -244,7 +275,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     const Shared<L> m{address(shared)};
     write_permutations(m.base + L::bytes);
     m.init(Shape<D>::Groups * 4);
-    wait_for_kernel_before();
+    if (!p.older) wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
     const int warp = threadIdx.x >> 5;

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
     m.init(kOutputWarps);
-    wait_for_kernel_before();
+    if (!p.older) wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
     const int warp = threadIdx.x >> 5;

@@ -20,6 +20,7 @@ __device__ int public_row(int row, int f, float scale, float& factor) {
 }
 
 __global__ void scan(const __grid_constant__ TaylorArgs p) {
+    wait_for_kernel_before();
     const int wide = p.head_dim + 8, item = blockIdx.z * blockDim.x + threadIdx.x, doc = blockIdx.x, head = blockIdx.y;
     if (item >= kRows * wide) return;
     // See State::own_space.
@@ -37,12 +38,18 @@ __global__ void scan(const __grid_constant__ TaylorArgs p) {
         if (p.cu_seqlens) count = (p.cu_seqlens[doc + 1] - p.cu_seqlens[doc] + p.segment - 1) / p.segment;
         float* x = p.space + ((int64_t)begin * p.heads + head) * kRows * wide + item;
         const int64_t step = (int64_t)p.heads * kRows * wide;
-        #pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-            const int64_t j = (p.reverse ? count - 1 - i : i) * step;
-            const float own = x[j];
-            x[j] = sum;
-            sum += own;
+        auto entry = [&](int i) -> float& { return x[(p.reverse ? count - 1 - i : i) * step]; };
+        constexpr int Batch = 8;                     // read side by side
+        for (int first = 0; first < count; first += Batch) {
+            float own[Batch];
+            #pragma unroll
+            for (int i = 0; i < Batch; ++i) own[i] = first + i < count ? entry(first + i) : 0.f;
+            #pragma unroll
+            for (int i = 0; i < Batch; ++i)
+                if (first + i < count) {
+                    entry(first + i) = sum;
+                    sum += own[i];
+                }
         }
     }
     if (out >= 0 && p.kv_out) {
@@ -53,6 +60,5 @@ __global__ void scan(const __grid_constant__ TaylorArgs p) {
 
 extern "C" int taylor_scan(const TaylorArgs* p) {
     dim3 grid(p->docs, p->heads, (kRows * (p->head_dim + 8) + 255) / 256);
-    scan<<<grid, 256, 0, (cudaStream_t)p->stream>>>(*p);
-    return (int)cudaGetLastError();
+    return launch(scan, grid, 256, 0, *p);
 }

@@ -4,7 +4,7 @@
 using namespace taylor;
 
 constexpr int kMakers = 256, kLoaders = 128, kSegmentThreads = kStateWarps * 32 + kMakers + kLoaders;
-template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, 2, Exact ? 2 : 1, kMakers, kLoaders>;
+template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, Exact ? 2 : 4, Exact ? 2 : 1, kMakers, kLoaders>;
 
 template <int W, bool Exact, bool Reverse>
 __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid_constant__ TaylorArgs p) {
@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
     wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
+    // Where readers add up the sums, nobody asks for the one of a document's last segment (backwards, of its first).
+    if (!p.summed && (Reverse ? s.first == s.begin : s.first + s.length == s.end)) return;
     const int warp = threadIdx.x >> 5;
     if (warp >= kStateWarps + kMakers / 32) {
         load_chunks<L, Reverse>(p, s, head, column, m);
@@ -26,10 +28,14 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
         return;
     }
     State<W + 8, Reverse> state = {};
-    for (int i = 0; i < chunk_count(s); ++i) {
-        state.update(m, i);
-        warp_arrive(m.empty(i));
+    for (int n = 0; n < 2 * chunk_count(s); ++n) {
+        state.add(m, n);
+        if (n == 0) continue;
+        wgmma_wait<1>();                             // the half before this one
+        warp_arrive(m.used(n - 1));
+        if (n % 2 == 0) warp_arrive(m.empty(n / 2 - 1));
     }
+    wgmma_wait<0>();
     state.store(p, p.space, slot, head, column);
 }
 

@@ -60,23 +60,24 @@ def parts(qkv: Tensor, feature_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch(names: list[str], p: Plan, qkv: Tensor, feature_dim: int, scale: float, *, reverse: bool = False,
-            exact: bool = False, summed: bool = False, boundary: int = 0, o: Tensor | None = None,
-            grad_o: Tensor | None = None, dqkv: Tensor | None = None, **tensors: Tensor | None) -> None:
+            exact: bool = False, summed: bool = True, boundary: int = 0, older: bool = False,
+            o: Tensor | None = None, grad_o: Tensor | None = None, dqkv: Tensor | None = None,
+            **tensors: Tensor | None) -> None:
     b, s, h, width = qkv.shape
     order = ["cu_seqlens", "space", "denominator", "grad_dot", "kv_in", "z_in", "kv_out", "z_out", "boundaries"]
     given = [*parts(qkv, feature_dim), *([None] * 3 if dqkv is None else parts(dqkv, feature_dim)), o, grad_o]
     pointers = [0 if x is None else x.data_ptr() for x in given + [tensors.get(name) for name in order]]
     strides = [n for x in (qkv, dqkv, o, grad_o) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
     sizes = [b, s, h, feature_dim, width - 2 * feature_dim, p.docs, p.segments, p.length, p.slots, int(exact),
-             int(reverse), int(summed), boundary]
+             int(reverse), int(summed), boundary, int(older)]
     with torch.cuda.device(qkv.device):
         extension().launch(names, pointers, strides, sizes, scale, torch.cuda.current_stream().cuda_stream)
 
 
 def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bool, given: bool) -> str:
-    """How the state reaches each segment: "none" (one segment), "sums" (readers add up the sums of earlier segments),
-    "scan" (a kernel does, needed where states come in or go out: `given`), or "walk" (outputs walk whole sequences and
-    leave the state at every segment for the gradients)."""
+    """How the state reaches each segment: "none" (one segment), "sums" (outputs add up the sums of earlier segments and
+    leave the states for the gradients), "scan" (a kernel adds them up, needed where states come in or go out: `given`),
+    or "walk" (outputs walk whole sequences and leave the state at every segment for the gradients)."""
     if given or p.segments > SEGMENTS_WITHOUT_SCAN:
         return "scan"
     if p.slots == p.docs:
@@ -85,18 +86,17 @@ def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bo
     return "walk" if not packed and batch * heads * parts >= 3 * BLOCKS // 4 else "sums"
 
 
-def holds_states(qkv: Tensor, feature_dim: int, cu_seqlens: Tensor | None, given: bool) -> bool:
-    """Whether the work space a forward saves holds the states before segments, not the sums of segments."""
-    p, o_shape, _, _ = _shapes(qkv, feature_dim, cu_seqlens)
-    return _states(p, *o_shape, cu_seqlens is not None, given) != "sums"
-
-
 def _kernels(states: str, p: Plan, seq: int, space: Tensor | None) -> tuple[list[str], Plan, dict[str, object]]:
-    """The kernels up to and with the output's, the plan they run with, and what they get."""
+    """The kernels up to and with the output's, the plan they run with, and what they get; `space`, if any, then holds
+    the state of every segment."""
+    if states == "none":
+        return ["output"], p, {}
     if states == "walk":
         return ["output"], Plan(p.docs, 1, seq, p.docs), {"boundaries": space, "boundary": p.length}
-    before = ["segment_state"] * (states != "none") + ["scan"] * (states == "scan")
-    return [*before, "output"], p, {"space": space, "summed": states == "scan"}
+    if states == "sums":
+        return ["segment_state", "output"], p, {"space": torch.empty_like(space), "summed": False,
+                                                "boundaries": space, "boundary": p.length}
+    return ["segment_state", "scan", "output"], p, {"space": space}
 
 
 def _shapes(qkv: Tensor, feature_dim: int,
@@ -126,7 +126,7 @@ def taylor_forward(qkv: Tensor, feature_dim: int, kv: Tensor | None, z: Tensor |
     kv_out = torch.empty(kv_shape if return_state else (0,), **full)
     z_out = torch.empty(kv_shape[:-1] if return_state else (0,), **full)
     kv, z = (None if x is None else x.float().contiguous() for x in (kv, z))
-    names, walked, how = _kernels(states, p, o_shape[1], space if space.numel() else None)
+    names, walked, how = _kernels(states, p, o_shape[1], space)
     _launch(names, walked, aligned(qkv), feature_dim, scale, exact=return_state, cu_seqlens=cu_seqlens, o=o,
             denominator=denominator, kv_in=kv, z_in=z, kv_out=kv_out if return_state else None,
             z_out=z_out if return_state else None, **how)
@@ -145,13 +145,13 @@ def _(qkv, feature_dim, kv, z, cu_seqlens, scale, return_state):
 
 
 @torch.library.custom_op("based_mp::taylor_backward", mutates_args=(), device_types="cuda")
-def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tensor, qkv: Tensor, feature_dim: int,
+def taylor_backward(grad_o: Tensor, denominator: Tensor, space: Tensor, qkv: Tensor, feature_dim: int,
                     grad_kv: Tensor | None, grad_z: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-                    want_state: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv and (where wanted, else empty) of the initial kv and z; `summed`: see `holds_states`."""
+                    want_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv and (where wanted, else empty) of the initial kv and z."""
     p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     full = {"dtype": torch.float32, "device": qkv.device}
-    x, o, grad_o = (aligned(t) for t in (qkv, o, grad_o))
+    x, grad_o = aligned(qkv), aligned(grad_o)
     dot = torch.empty(o_shape[:3], **full)
     dqkv = _sequence_first(qkv.shape, torch.bfloat16, qkv.device)
     states = _states(p, *o_shape, cu_seqlens is not None, want_state or grad_kv is not None)
@@ -159,18 +159,17 @@ def taylor_backward(grad_o: Tensor, o: Tensor, denominator: Tensor, space: Tenso
     dkv = torch.empty(kv_shape if want_state else (0,), **full)
     dz = torch.empty(kv_shape[:-1] if want_state else (0,), **full)
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot, "dqkv": dqkv}
-    _launch(["gradient"], p, x, feature_dim, scale, o=o, space=space if space.numel() else None, summed=summed,
-            **common)
+    _launch(["gradient"], p, x, feature_dim, scale, space=space if space.numel() else None, **common)
     suffix = None if states == "none" else torch.empty(space_shape, **full)
     names, walked, how = _kernels(states, p, o_shape[1], suffix)
     _launch(names, walked, x, feature_dim, scale, reverse=True, kv_in=grad_kv, z_in=grad_z,
             kv_out=dkv if want_state else None, z_out=dz if want_state else None, **common, **how)
-    _launch(["gradient"], p, x, feature_dim, scale, reverse=True, space=suffix, summed=states != "sums", **common)
+    _launch(["gradient"], p, x, feature_dim, scale, reverse=True, older=True, space=suffix, **common)
     return dqkv.to(qkv.dtype), dkv, dz
 
 
 @taylor_backward.register_fake
-def _(grad_o, o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqlens, scale, want_state, summed):
+def _(grad_o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqlens, scale, want_state):
     _, _, _, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     return (_sequence_first(qkv.shape, qkv.dtype, qkv.device),
             torch.empty(kv_shape if want_state else (0,), dtype=torch.float32, device=qkv.device),
@@ -179,20 +178,19 @@ def _(grad_o, o, denominator, space, qkv, feature_dim, grad_kv, grad_z, cu_seqle
 
 def _setup(ctx, inputs, output) -> None:
     qkv, ctx.feature_dim, kv, z, cu_seqlens, ctx.scale, ctx.return_state = inputs
-    o, denominator, space, _, _ = output
-    ctx.save_for_backward(qkv, o, denominator, space, cu_seqlens)
+    _, denominator, space, _, _ = output
+    ctx.save_for_backward(qkv, denominator, space, cu_seqlens)
     ctx.want_state = kv is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
-    ctx.summed = holds_states(qkv, ctx.feature_dim, cu_seqlens, ctx.return_state or kv is not None)
     ctx.mark_non_differentiable(denominator, space)
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, grad_o, _denominator, _space, grad_kv, grad_z):
-    qkv, o, denominator, space, cu_seqlens = ctx.saved_tensors
+    qkv, denominator, space, cu_seqlens = ctx.saved_tensors
     if not ctx.return_state:
         grad_kv = grad_z = None
-    dqkv, dkv, dz = taylor_backward(grad_o, o, denominator, space, qkv, ctx.feature_dim, grad_kv, grad_z, cu_seqlens,
-                                    ctx.scale, ctx.want_state, ctx.summed)
+    dqkv, dkv, dz = taylor_backward(grad_o, denominator, space, qkv, ctx.feature_dim, grad_kv, grad_z, cu_seqlens,
+                                    ctx.scale, ctx.want_state)
     return dqkv, None, dkv if ctx.want_state else None, dz if ctx.want_state else None, None, None, None
 
 
