@@ -52,6 +52,8 @@ def main() -> None:
         print(estimate_text(config, arguments.world_size or config.parallel.tensor_parallel_size,
                             arguments.tokens, arguments.mfu))
         return
+    if config.training.fp8 == "none":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")     # which it would zero before most products
     from based_mp.parallel import state
     world = state.launcher_env()[1]
     config.check_world(world)
