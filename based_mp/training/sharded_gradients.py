@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-BLOCKS = 8     # of NCCL's kernels beside backward: enough to be done in time, and few taken from its products
-
 
 class ShardedGradients:
     """The sums of one parameter group, whose parameters lie one after the other in equal partitions of the ranks.
@@ -29,7 +27,7 @@ class ShardedGradients:
     """
 
     def __init__(self, named: Iterable[tuple[str, Parameter]], kept: Tensor, group: dist.ProcessGroup) -> None:
-        self.kept, self.group, self.beside = kept, group, _with_few_blocks(group)
+        self.kept, self.group = kept, group
         self.stream = torch.cuda.Stream() if kept.is_cuda else None
         parts = [list(part) for _, part in itertools.groupby(named, lambda item: _layer(item[0]) or item[0])]
         sizes = [sum(p.numel() for _, p in part) for part in parts]
@@ -62,12 +60,12 @@ class ShardedGradients:
             raise RuntimeError("backward left the order of the layers, in which they share two buffers under ZeRO-2: "
                                "set parallel.zero_stage=1")
         if self.stream is None:
-            self._reduce(bucket, self.beside)
+            self._reduce(bucket)
         else:
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
-                self._reduce(bucket, self.beside)
+                self._reduce(bucket)
             if self.before is not None:                  # the layer that backward comes to takes that one's buffer
                 current.wait_event(self.before)
             self.before = self.stream.record_event()
@@ -82,18 +80,18 @@ class ShardedGradients:
             raise RuntimeError("backward made no gradient of some parameters, which ZeRO-2 waits for: set "
                                "parallel.zero_stage=1")
         for bucket in self.others:
-            self._reduce(bucket, self.group)
+            self._reduce(bucket)
             bucket.buffer.zero_()
 
-    def _reduce(self, bucket: _Bucket, group: dist.ProcessGroup) -> None:
+    def _reduce(self, bucket: _Bucket) -> None:
         """Adds the bucket to the partitions that it lies in."""
         size = self.kept.numel()
         end = bucket.first + bucket.buffer.numel()
         for owner in range(bucket.first // size, -(-end // size)):
             low, high = max(bucket.first, owner * size), min(end, (owner + 1) * size)
             part = bucket.buffer[low - bucket.first : high - bucket.first]
-            dist.reduce(part, dist.get_global_rank(group, owner), group=group)
-            if owner == group.rank():
+            dist.reduce(part, dist.get_global_rank(self.group, owner), group=self.group)
+            if owner == self.group.rank():
                 self.kept[low - owner * size : high - owner * size] += part
 
 
@@ -110,14 +108,3 @@ def _layer(name: str) -> str | None:
     """The layer that a parameter of this name belongs to."""
     found = re.search(r"\blayers\.\d+\.", name)
     return found and found.group()
-
-
-def _with_few_blocks(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group once more, its kernels of `BLOCKS` blocks; every rank of all such groups calls."""
-    if dist.get_backend(group) != "nccl":
-        return group
-    groups = [None] * dist.get_world_size()
-    dist.all_gather_object(groups, dist.get_process_group_ranks(group))
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = BLOCKS
-    return dist.new_subgroups_by_enumeration(sorted({tuple(ranks) for ranks in groups}), pg_options=options)[0]
