@@ -86,7 +86,8 @@ class _PeerMemory:
         self.group, self.device = group, device
         self.stream = torch.cuda.Stream(device)             # of the copies
         self.handles: list[Any] = []                        # the last is used; CUDA graphs may know earlier ones
-        self.slot_bytes = self.started = self.arrived = 0   # sendings that were started, that were waited for
+        self.slot_bytes = 0
+        self.begun = self.sent = self.arrived = 0           # the last sending made, sent whole, waited for
 
     def reserve(self, slot_bytes: int) -> None:
         """At least so much for a sending. Every rank calls with the same."""
@@ -104,8 +105,8 @@ class _PeerMemory:
 class _Copies(Sending):
     def __init__(self, memory: _PeerMemory) -> None:
         super().__init__(memory.group)
-        memory.started += 1
-        self.memory, self.number = memory, memory.started
+        memory.begun += 1
+        self.memory, self.number = memory, memory.begun
         self.sent: list[Operand] = []
 
     def _reserve(self, operand: Operand) -> None:
@@ -130,12 +131,14 @@ class _Copies(Sending):
             for t, place in zip(operand, self._place((self.rank + step) % self.size, self.rank, operand), strict=True):
                 place.copy_(t)
         self.sent.append(operand)
+        if len(self.sent) == self.size - 1:
+            self.memory.sent = self.number
 
     def received(self) -> list[tuple[int, Operand]]:
         if self.memory.arrived < self.number:               # else a later sending was waited for
             torch.cuda.current_stream().wait_stream(self.memory.stream)
             self.memory.barrier()                           # the others' copies to here are over too
-            self.memory.arrived = self.memory.started
+            self.memory.arrived = self.memory.sent
         sources = ((self.rank - step) % self.size for step in range(1, self.size))
         return [(source, self._place(self.rank, source, self.sent[0])) for source in sources]
 
