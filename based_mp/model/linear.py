@@ -42,8 +42,7 @@ def _multiply_gathered(own: Operand, multiply: Callable[[Operand, Tensor], None]
     """The product of all ranks' rows [ranks · rows, width], and each other rank with its rows."""
     out = torch.empty(group.size(), own[0].shape[0], width, dtype=dtype, device=own[0].device)
     others = sending(group, own[0].device)
-    for step in range(1, group.size()):
-        others.to(step, own)
+    others.to_all(own)
     multiply(own, out[group.rank()])
     received = others.received()
     for rank, theirs in received:
@@ -62,8 +61,8 @@ def _multiply_scattered(operand: Operand, multiply: Callable[[Operand, Tensor], 
         return out
 
     others = sending(group, operand[0].device)
-    for step in range(1, group.size()):
-        others.to(step, (product((group.rank() + step) % group.size()),))
+    for rank in others.targets:
+        others.to(rank, (product(rank),))
     own = product(group.rank())
     for _, (theirs,) in others.received():
         own += theirs
@@ -96,8 +95,7 @@ class _Column(torch.autograd.Function):
         batch, products, group = x.shape[1], ctx.products, ctx.group
         x, dy = x.flatten(0, 1), dy.flatten(0, 1).contiguous()
         others = sending(group, x.device)
-        for step in range(1, group.size()):
-            others.to(step, (x,))
+        others.to_all((x,))
         dx = _multiply_scattered(products.operand(dy), products.backward, x.shape[1], x.dtype, group)
         rows = dy.unflatten(0, (group.size(), -1))
         more = [(theirs, rows[rank]) for rank, (theirs,) in others.received()]

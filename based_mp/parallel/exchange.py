@@ -39,14 +39,27 @@ def forget() -> None:
 
 
 class Sending(ABC):
-    """Each rank of a group sends tensors of the same sizes to each other; nothing sent changes before `received`."""
+    """Each rank of a group sends tensors of the same sizes to each other; nothing sent changes before `received`.
+
+    targets: the other ranks, in the order in which they are sent to; the one after this rank comes first.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.targets = [(self.rank + step) % self.size for step in range(1, self.size)]
 
     @abstractmethod
-    def to(self, step: int, operand: Operand) -> None:
-        """Starts to send to rank + step, modulo their number; for the steps 1, 2, … in this order."""
+    def to(self, target: int, operand: Operand) -> None:
+        """Starts to send to the next of `targets`."""
+
+    def to_all(self, operand: Operand) -> None:
+        """The same to every target."""
+        for target in self.targets:
+            self.to(target, operand)
+
+    def _source(self, target: int) -> int:
+        """The rank that sends to this one while this one sends to `target`."""
+        return (2 * self.rank - target) % self.size
 
     @abstractmethod
     def received(self) -> list[tuple[int, Operand]]:
@@ -63,13 +76,12 @@ class _Messages(Sending):
         self.sent: list[Operand] = []
         self.arriving: list[tuple[int, Operand]] = []
 
-    def to(self, step: int, operand: Operand) -> None:
-        source, theirs = (self.rank - step) % self.size, tuple(torch.empty_like(t) for t in operand)
+    def to(self, target: int, operand: Operand) -> None:
+        source, theirs = self._source(target), tuple(torch.empty_like(t) for t in operand)
         # As bytes: fp8 is a dtype that communication libraries do not know.
         self.works += dist.batch_isend_irecv([
             dist.P2POp(way, t.view(torch.uint8), group=self.group, group_peer=peer)
-            for way, tensors, peer in ((dist.isend, operand, (self.rank + step) % self.size),
-                                       (dist.irecv, theirs, source)) for t in tensors])
+            for way, tensors, peer in ((dist.isend, operand, target), (dist.irecv, theirs, source)) for t in tensors])
         self.sent.append(operand)
         self.arriving.append((source, theirs))
 
@@ -123,15 +135,15 @@ class _Copies(Sending):
             offset += _aligned_bytes(t)
         return tuple(places)
 
-    def to(self, step: int, operand: Operand) -> None:
+    def to(self, target: int, operand: Operand) -> None:
         if not self.sent:
             self._reserve(operand)
         self.memory.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.memory.stream):
-            for t, place in zip(operand, self._place((self.rank + step) % self.size, self.rank, operand), strict=True):
+            for t, place in zip(operand, self._place(target, self.rank, operand), strict=True):
                 place.copy_(t)
         self.sent.append(operand)
-        if len(self.sent) == self.size - 1:
+        if len(self.sent) == len(self.targets):
             self.memory.sent = self.number
 
     def received(self) -> list[tuple[int, Operand]]:
@@ -139,8 +151,7 @@ class _Copies(Sending):
             torch.cuda.current_stream().wait_stream(self.memory.stream)
             self.memory.barrier()                           # the others' copies to here are over too
             self.memory.arrived = self.memory.sent
-        sources = ((self.rank - step) % self.size for step in range(1, self.size))
-        return [(source, self._place(self.rank, source, self.sent[0])) for source in sources]
+        return [(source, self._place(self.rank, source, self.sent[0])) for source in map(self._source, self.targets)]
 
 
 def _aligned_bytes(t: Tensor) -> int:

@@ -24,8 +24,8 @@ def turn(size: int, first: int, device: torch.device, numbers: torch.Tensor) -> 
                 for i, v in enumerate(values)]
     open_ones = [exchange.sending(group, device) for _ in operands]
     for sent, (rows, scales) in zip(open_ones, operands, strict=True):
-        for step in range(1, ranks):
-            sent.to(step, (rows.contiguous(), scales + (rank + step) % ranks))     # to each rank something else
+        for target in sent.targets:
+            sent.to(target, (rows.contiguous(), scales + target))                  # to each rank something else
     for i in (1, 0):                                                               # the later first
         for source, (rows, scales) in open_ones[i].received():
             assert rows.shape == (size * (i + 1), 3) and rows.dtype == torch.bfloat16

@@ -32,10 +32,8 @@ class Handle:
 
 def memory_of(rank, ranks, memories, waits):
     """A rank's, of the plain memories of all; its waits are written down."""
-    own = exchange._PeerMemory.__new__(exchange._PeerMemory)
-    own.group, own.stream = SimpleNamespace(rank=lambda: rank, size=lambda: ranks), SimpleNamespace(
-        wait_stream=lambda _: None)
-    own.slot_bytes, own.begun, own.sent, own.arrived, own.handles = 4096, 0, 0, 0, [Handle(memories, waits)]
+    own = exchange._PeerMemory(SimpleNamespace(rank=lambda: rank, size=lambda: ranks), torch.device("cpu"))
+    own.handles, own.slot_bytes = [Handle(memories, waits)], 4096
     return own
 
 
@@ -44,6 +42,7 @@ def test_places_in_the_others_memory(ranks, monkeypatch):
     """Sendings in turn, and two open at once, of rows and of their scales, to every rank something else."""
     waits = []
     here = SimpleNamespace(wait_stream=lambda _: waits.append("copies"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     memories = torch.zeros(ranks, exchange.SLOTS * 4096, dtype=torch.uint8)
@@ -51,9 +50,9 @@ def test_places_in_the_others_memory(ranks, monkeypatch):
 
     def send(sendings, number):
         for rank, sending in enumerate(sendings):
-            for step in range(1, ranks):
-                value = 100 * number + 10 * rank + (rank + step) % ranks
-                sending.to(step, (torch.full((3, 5), value, dtype=torch.bfloat16), torch.full((3,), -float(value))))
+            for target in sending.targets:
+                value = 100 * number + 10 * rank + target
+                sending.to(target, (torch.full((3, 5), value, dtype=torch.bfloat16), torch.full((3,), -float(value))))
 
     def check(sendings, number):
         for rank, sending in enumerate(sendings):
