@@ -12,6 +12,7 @@ from torch import Tensor
 from based_mp.model.mixer import Mixer
 from based_mp.ops.linear_attention import log_decay, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_denominator
+from based_mp.ops.taylor_cuda import parts
 
 
 class LinearAttention(Mixer):
@@ -47,9 +48,10 @@ class LinearAttention(Mixer):
     @torch.no_grad()
     def _diagnose(self, qkv: Tensor, cu_seqlens: Tensor | None) -> None:
         """Smallest denominator and largest final state (Frobenius norm of a head's) of what is seen on this rank."""
-        f, decay = self.feature_dim, self._decay(qkv)
-        denominator = taylor_denominator(qkv[..., :f], qkv[..., f : 2 * f], cu_seqlens=cu_seqlens, decay=decay)
-        _, state = taylor_linear_attention_qkv(qkv, f, cu_seqlens=cu_seqlens, decay=decay, return_state=True)
+        decay, (q, k, _) = self._decay(qkv), parts(qkv, self.feature_dim)
+        denominator = taylor_denominator(q, k, cu_seqlens=cu_seqlens, decay=decay)
+        _, state = taylor_linear_attention_qkv(qkv, self.feature_dim, cu_seqlens=cu_seqlens, decay=decay,
+                                               return_state=True)
         seen = self.diagnostics or {"min_denominator": math.inf, "state_norm": 0.0}
         norm = torch.linalg.matrix_norm(state.kv).max().item()
         self.diagnostics = {"min_denominator": min(seen["min_denominator"], denominator.min().item()),

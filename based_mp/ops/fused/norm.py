@@ -28,10 +28,6 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, bias: Tenso
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(weight.dtype)
 
 
-def _warps(block: int) -> int:
-    return 4 if block <= 2048 else 8
-
-
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, bias, weight, eps):
@@ -47,7 +43,7 @@ class _AddNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         kernels.norm_forward[(rows,)](x, delta, bias, weight, h, y, rstd, width, eps, HAS_DELTA=delta is not None,
-                                      HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block))
+                                      HAS_BIAS=bias is not None, BLOCK=block, num_warps=4 if block <= 2048 else 8)
         ctx.save_for_backward(h, weight, rstd)
         ctx.delta_dtype = None if delta is None else delta.dtype
         ctx.sums = [GradientSum(p) for p in (weight, bias) if p is not None]
