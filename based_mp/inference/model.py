@@ -308,13 +308,13 @@ class InferenceModel:
         for layer, state, next_norm in zip(self.layers, pool.buffers, after, strict=True):
             mlp = layer.fc1 is not None
             x = mix(layer, (residual, pending, layer.norm, eps), state)
+            if last is not None and next_norm is self.norm:           # nothing reads the other tokens' residual stream
+                x, residual = x[last], residual[last]
             pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
                                 layer.mlp_norm if mlp else next_norm)
             if mlp:
                 x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True)
                 pending = self._out(x, layer.fc2, None, residual, next_norm)
-        if last is not None:
-            residual, pending = residual[last], None if pending is None else pending[last]
         return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, pending, self.norm, eps, self.head))
 
     def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Any:
