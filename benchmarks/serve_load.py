@@ -146,7 +146,7 @@ def differences(generator: Generator, choices: dict[int, list[dict]]) -> list[fl
     pool = model.new_pool(1, 128)
     for i, said in choices.items():
         prompt = tokenizer.encode(request_of(i)["prompt"]) or [tokenizer.eod]
-        for told in (c["logprobs"] for c in said if c.get("logprobs")):
+        for told in (c["logprobs"] for c in said if c.get("logprobs") and c["logprobs"]["tokens"]):
             tokens = tokenizer.encode("".join(told["tokens"]))
             pool.reset([0])
             logits = model.prefill(pool, [prompt + tokens[:-1]], [0], [0], every=True)[-len(tokens) :]

@@ -54,6 +54,7 @@ class Pack:
                  frequency: Tensor, ops: object) -> None:
         device = pool.positions.device
         self.pool, self.starts, self.lengths, self.fresh = pool, starts, lengths, not any(starts)
+        self._frequency, self._ops = frequency, ops
         self.slot_list, self.slots = slots, to_device(slots, device)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         self.bounds = to_device(bounds.int(), device)
@@ -64,6 +65,15 @@ class Pack:
         self.ends = to_device(self._ends.int(), device)               # tokens every slot has seen after the pack
         self.rotation = ops.rotations(to_device(self._positions, device), frequency)
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def tail(self, count: int) -> tuple[Tensor, Pack]:
+        """The last `count` tokens of every piece: (which they are in this pack, a pack of them alone)."""
+        lengths = [min(length, count) for length in self.lengths]
+        left_out = torch.tensor([all_ - own for all_, own in zip(self.lengths, lengths, strict=True)])
+        tokens = left_out.cumsum(0).repeat_interleave(torch.tensor(lengths)) + torch.arange(sum(lengths))
+        starts = [start + out for start, out in zip(self.starts, left_out.tolist(), strict=True)]
+        pack = Pack(self.pool, self.slot_list, starts, lengths, self._frequency, self._ops)
+        return to_device(tokens, self.slots.device), pack
 
     def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens that a ring of `capacity` still holds at the end, their slots, their places in the ring)."""
@@ -278,7 +288,7 @@ class InferenceModel:
                                                  self.frequency)
         rows = Rows(pool, slots, rotation)
         return self._run(self._sum(residual), pool,
-                         lambda layer, stream, state: layer.mixer.step(stream, rows, **state))
+                         lambda layer, stream, state, _: layer.mixer.step(stream, rows, **state))
 
     @torch.no_grad()
     def prefill(self, pool: StatePool, tokens: list[list[int]], slots: list[int], starts: list[int], *,
@@ -291,9 +301,8 @@ class InferenceModel:
         ids = to_device(torch.frombuffer(flat, dtype=torch.int64), self.device)
         pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.frequency, self.ops)
         residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
-        logits = self._run(self._sum(residual), pool,
-                           lambda layer, stream, state: layer.mixer.prefill(stream, pack, **state),
-                           None if every else pack.last)
+        logits = self._run(self._sum(residual), pool, lambda layer, stream, state, ends:
+                           layer.mixer.prefill(stream, ends or pack, **state), None if every else pack)
         pool.positions[pack.slots] = pool.starts[pack.slots] = pack.ends
         return logits
 
@@ -301,15 +310,21 @@ class InferenceModel:
     def _first_id(self) -> int:
         return self.tp_rank * self.embedding.shape[0]
 
-    def _run(self, residual: Tensor, pool: StatePool, mix: Callable[[Layer, Stream, dict[str, Tensor]], Tensor],
-             last: Tensor | None = None) -> Tensor:
+    def _run(self, residual: Tensor, pool: StatePool, mix: Callable[..., Tensor], ends: Pack | None = None) -> Tensor:
+        """Logits of every row; of each piece's last where `ends` is given, the pack that the rows are.
+
+        mix: (layer, stream, state, ends) → the mixer's output.
+        """
         ops, eps, pending = self.ops, self.config.norm_eps, None
         after = [layer.norm for layer in self.layers[1:]] + [self.norm]
         for layer, state, next_norm in zip(self.layers, pool.buffers, after, strict=True):
-            mlp = layer.fc1 is not None
-            x = mix(layer, (residual, pending, layer.norm, eps), state)
-            if last is not None and next_norm is self.norm:           # nothing reads the other tokens' residual stream
-                x, residual = x[last], residual[last]
+            mlp, only_ends = layer.fc1 is not None, ends is not None and next_norm is self.norm
+            if only_ends and isinstance(layer.mixer, ConvMixer):      # the rest does not reach the ends
+                tokens, ends = ends.tail(layer.mixer.conv.shape[1])
+                residual, pending = residual[tokens], pending and pending[tokens]
+            x = mix(layer, (residual, pending, layer.norm, eps), state, ends)
+            if only_ends:
+                x, residual = x[ends.last], residual[ends.last]
             pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
                                 layer.mlp_norm if mlp else next_norm)
             if mlp:

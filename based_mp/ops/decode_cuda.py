@@ -70,6 +70,9 @@ class Scaled:
     x: Tensor
     squares: Tensor
 
+    def __getitem__(self, rows: Tensor) -> Scaled:
+        return Scaled(self.x[rows], self.squares[:, rows])
+
 
 def _splits(columns: int, inner: int) -> int:
     """Parts of the inner dimension in `decode_product`: not of the rows, so that a row's result depends on no other."""

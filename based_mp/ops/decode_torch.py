@@ -49,6 +49,9 @@ class Pending:
     out: Tensor
     bias: Tensor | None
 
+    def __getitem__(self, rows: Tensor) -> Pending:
+        return Pending(self.out[rows], self.bias)
+
 
 def add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
     """The residual stream takes in what is pending; RMSNorm of it."""
