@@ -10,12 +10,12 @@
 //   swiglu  W is [gate; value]: y = silu(gate) * value
 //   conv    W is [u1; u2]: one token of the gated short convolution, whose window `carry` of each slot shifts
 //   add     residual += y + bias; y = residual * weights of the next norm, and the sums of squares of the rows over every tile
-#include <cuda.h>
 #include "decode_common.cuh"
 #include "hopper.cuh"
 using namespace decode;
 using taylor::address;
 using taylor::barrier_wait;
+using taylor::copy_box;
 
 constexpr int kThreads = 128;                    // that multiply, before a warp that copies and one for the rest
 constexpr int kColumns = 64, kRow = kColumns + 4;      // of W a block; floats of a row of its result in shared memory
@@ -38,11 +38,6 @@ struct Product {
     bf16* carry;                                             // [slots, count - 1, width]
 };
 
-// A box of a tensor to shared memory.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int k, int row, int part) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-                 ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "r"(part) : "memory");
-}
 __device__ __forceinline__ void expect_bytes(uint32_t bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -107,11 +102,10 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
     const int begin = rank * p.chunks / p.splits, count = (rank + 1) * p.chunks / p.splits - begin;
     const uint32_t base = (address(memory) + 1023) & ~1023u, full = address(barriers), empty = full + kMostStages * 8;
     if (threadIdx.x == kThreads) {
-        asm volatile("prefetch.tensormap [%0];" ::"l"(&weight) : "memory");
-        asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
+        taylor::prefetch_map(&weight);
+        taylor::prefetch_map(&x);
         for (int s = 0; s < p.stages; ++s) { init(full + s * 8, 1); init(empty + s * 8, kThreads / 32); }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        taylor::fence_for_tensor_cores();
+        taylor::barriers_ready();
     }
     __syncthreads();
     if (warp == kThreads / 32) {                                      // copies
@@ -250,24 +244,11 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
     if (p.splits > 1) { __syncwarp(); everyone_of_cluster(); }        // nobody leaves while its result is read
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-static Encode encoder() {
-    static const Encode found = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult status;
-        const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
-        return code == cudaSuccess && status == cudaDriverEntryPointSuccess ? (Encode)function : nullptr;
-    }();
-    return found;
-}
 // Boxes of 64 of the inner dimension x `rows` rows of each of `parts` parts of a bf16 matrix [parts * height, inner].
 static bool make_map(CUtensorMap* map, const void* matrix, int inner, int height, int parts, int rows) {
-    const cuuint64_t sizes[3] = {(cuuint64_t)inner, (cuuint64_t)height, (cuuint64_t)parts};
-    const cuuint64_t strides[2] = {(cuuint64_t)inner * 2, (cuuint64_t)inner * height * 2};
-    const cuuint32_t box[3] = {kChunk, (cuuint32_t)rows, (cuuint32_t)parts}, ones[3] = {1, 1, 1};
-    return encoder() && encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void*)matrix, sizes, strides, box, ones,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return taylor::make_map<3>(map, matrix, {(cuuint64_t)inner, (cuuint64_t)height, (cuuint64_t)parts},
+                               {(cuuint64_t)inner * 2, (cuuint64_t)inner * height * 2}, {kChunk, (cuuint32_t)rows, (cuuint32_t)parts},
+                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 template <int N> static int run(Product p, const void* x, const void* weight, void* stream) {

@@ -1,5 +1,6 @@
 // Thin wrappers of the instructions the kernels are made of: asynchronous copies, barriers, register shares, tensor cores.
 #pragma once
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cstdint>
@@ -10,9 +11,6 @@ namespace taylor {
 __device__ __forceinline__ uint32_t address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // ---------------------------------------------------------------------------------------------------- copies
-__device__ __forceinline__ void copy16(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 // The first `bytes` of 16, zeros for the others.
 __device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -21,6 +19,16 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 template <int Pending> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
+// A box of a tensor to shared memory, counted at a barrier whole, also where it reaches beyond the tensor, which reads zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int a, int b, int c) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "r"(c) : "memory");
+}
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int a, int b, int c, int d, int e) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e) : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // Rows from shared memory to device memory, read and written while the thread goes on. 16-byte aligned.
 __device__ __forceinline__ void bulk_store(void* to, uint32_t from, int bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
@@ -77,18 +85,20 @@ constexpr int kWarpArrivals = 1;
 __device__ __forceinline__ void barrier_init(uint32_t bar, int warps) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(warps * kWarpArrivals) : "memory");
 }
+__device__ __forceinline__ void barriers_ready() {    // for copies, by the thread that made them
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_for_tensor_cores();
+}
+// The phase does not end before as many bytes of copies have come. No arrival.
+__device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
     asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ bool barrier_passed(uint32_t bar, int parity) {
     uint32_t done;
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    return done;
-}
-__device__ __forceinline__ bool barrier_test(uint32_t bar, int parity) {          // the same, without waiting at all
-    uint32_t done;
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done) : "r"(bar), "r"(parity) : "memory");
     return done;
 }
@@ -153,6 +163,24 @@ __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
 // a*b - product, exactly what rounding `product` left out.
 __device__ __forceinline__ uint32_t residual2(uint32_t a, uint32_t b, uint32_t product) {
     return fma2(a, b, product ^ 0x80008000u);
+}
+
+// ---------------------------------------------------------------------------------------------------- host
+// The map of a bf16 tensor, its innermost dimension first, strides of the others in bytes.
+template <int Rank>
+inline bool make_map(CUtensorMap* map, const void* tensor, const cuuint64_t (&sizes)[Rank], const cuuint64_t (&strides)[Rank - 1],
+                     const cuuint32_t (&box)[Rank], CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult status;
+        const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+        return code == cudaSuccess && status == cudaDriverEntryPointSuccess ? (Encode)function : nullptr;
+    }();
+    cuuint32_t ones[Rank];
+    for (cuuint32_t& one : ones) one = 1;
+    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Rank, (void*)tensor, sizes, strides, box, ones,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace taylor

@@ -12,10 +12,10 @@ struct TaylorArgs {
     float* boundaries;                                  // the same, states that taylor_output leaves for taylor_gradient, or null
     void* o;                                            // bf16 [batch, seq, heads, head_dim]
     int64_t o_stride[3];
-    float* denominator;                                 // [batch, seq, heads]
+    float* denominator;                                 // [batch, heads, seq]
     const void* grad_o;                                 // as o
     int64_t grad_stride[3];
-    float* grad_dot;                                    // [batch, seq, heads] grad_o . o, made with dq
+    float* grad_dot;                                    // [batch, heads, seq] grad_o . o, made with dq
     void *dq, *dk, *dv;                                 // as q, k, v
     int64_t d_stride[3];
     // States at the ends of the scan, fp32, the public layout [docs, heads, D(, head_dim)]; null where absent.

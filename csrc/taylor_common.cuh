@@ -11,8 +11,8 @@
 //     before each chunk;
 //   2 warpgroups (or 1) make the outputs of 64 tokens each: what comes through the published state, and inside the chunk the
 //     quadratic form;
-//   1 warpgroup (or half of one) makes the features that the state takes in;
-//   1 warpgroup (or half of one) loads the chunks ahead.
+//   2 to 8 warps make the features that the state takes in;
+//   1 warp has the chunks ahead copied by the tensor memory accelerator.
 // Forwards x = k and y = [v | 1 x 8]: every lane finds the denominator in its own last column. Backwards x = q / den and
 // y = [grad_o | -(grad_o . o) | 0 x 7]. Tiles lie in shared memory as planes of 8 columns, 16 bytes a token: the layout wgmma reads unswizzled.
 #pragma once
@@ -22,8 +22,8 @@
 namespace taylor {
 
 constexpr int kChunk = 128, kTiles = 10, kRows = kTiles * 16;
-constexpr int kStateWarps = 12;                  // and 4 or 8 output warps, 2 or 4 each for features and loads
-constexpr int kPlane = kChunk * 16 + 16;         // bytes from plane to plane of a chunk: a row's vectors in different banks
+constexpr int kStateWarps = 12;                  // and 4 or 8 output warps, 2 to 8 for features, 1 that loads
+constexpr int kPlane = kChunk * 16;              // bytes from plane to plane of a chunk
 constexpr int kStatePlane = kRows * 16;          // the same of the published state
 constexpr int kHalf = kChunk / 2, kFeaturePlane = kHalf * 16 + 16, kFeatures = kRows / 8 * kFeaturePlane;     // features of half a chunk
 using bf16 = __nv_bfloat16;
@@ -67,80 +67,83 @@ template <typename T> __device__ __forceinline__ auto* token_row(T* x, const int
     using Row = std::conditional_t<std::is_const_v<T>, const bf16, bf16>;
     return (Row*)x + batch * stride[0] + token * stride[1] + head * stride[2];
 }
-// Its index in contiguous [batch, seq, heads].
+// Its index in contiguous [batch, heads, seq].
 __device__ __forceinline__ int64_t token_index(const TaylorArgs& p, int batch, int token, int head) {
-    return ((int64_t)batch * p.seq + token) * p.heads + head;
+    return ((int64_t)batch * p.heads + head) * p.seq + token;
 }
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 // One stage of the ring: x and y feed the state; r (narrow) and u (U columns) are the rows that outputs are made for.
 // Terms: 2 where features keep 16 bits, in two bf16 terms, for the state that is handed to the user.
-// Makers: threads that make features. Loaders: threads that load.
-template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_, int Makers_, int Loaders_> struct Layout {
+// Makers: threads that make features.
+template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int Terms_, int Makers_> struct Layout {
     static constexpr int Stages = Stages_, Published = Published_, Halves = Halves_, Terms = Terms_, Columns = W;
-    static constexpr int Makers = Makers_, Loaders = Loaders_;
-    static constexpr int RowColumns = U;
+    static constexpr int Makers = Makers_, RowColumns = U;
     static constexpr bool WithRows = Rows;
     // Where no outputs are made the walk goes the other way: it ends with the tokens in the L2 cache that outputs begin with.
     template <bool Reverse> static constexpr bool Backwards = Reverse == Rows;
     static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
     static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, grad_o . o / den} a token, the latter backwards
-    static constexpr int stage = factors + kChunk * 8;
+    static constexpr int stage = factors + kChunk * 8, loaded = factors - kPlane;      // the last column's plane is not a tensor's
     static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
     static constexpr int state = published + kRows * 4;
     static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
     static constexpr int bars = states + Published * state;
-    static constexpr int bytes = (bars + 2 * (Stages + Published + Halves) * 8 + 15) / 16 * 16;
+    static constexpr int bytes = (bars + (2 * (Stages + Published + Halves) + 1) * 8 + 15) / 16 * 16;
+};
+// The tensors that a stage's tiles are cut from.
+struct Maps {
+    CUtensorMap x, r, y, u;
 };
 template <class L> struct Shared {
     uint32_t base;
     __device__ uint32_t stage(int i) const { return base + i % L::Stages * L::stage; }
     __device__ uint32_t state(int i) const { return base + L::states + i % L::Published * L::state; }
     __device__ uint32_t features(int i) const { return base + L::features + i % L::Halves * L::Terms * kFeatures; }
-    // Barriers: a stage is full, empty; features of half a chunk are made, used; a state is published, released.
+    // Barriers: a stage is full, empty; features of half a chunk are made, used; a state is published, released; the chunk that
+    // reaches into the next document has come.
     __device__ uint32_t full(int i) const { return base + L::bars + i % L::Stages * 8; }
     __device__ uint32_t empty(int i) const { return full(i) + L::Stages * 8; }
     __device__ uint32_t made(int i) const { return base + L::bars + (2 * L::Stages + i % L::Halves) * 8; }
     __device__ uint32_t used(int i) const { return made(i) + L::Halves * 8; }
     __device__ uint32_t published(int i) const { return base + L::bars + (2 * L::Stages + 2 * L::Halves + i % L::Published) * 8; }
     __device__ uint32_t released(int i) const { return published(i) + L::Published * 8; }
+    __device__ uint32_t ragged() const { return base + L::bars + 2 * (L::Stages + L::Halves + L::Published) * 8; }
     __device__ static int stage_parity(int i) { return i / L::Stages & 1; }
     __device__ static int state_parity(int i) { return i / L::Published & 1; }
     __device__ static int half_parity(int i) { return i / L::Halves & 1; }
     // Called by every thread of the block.
-    __device__ void init(int output_warps) const {
+    __device__ void init(int output_warps, const Maps& maps) const {
         if (threadIdx.x == 0) {
-            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), L::Loaders / 32); barrier_init(empty(i), kStateWarps + output_warps); }
+            prefetch_map(&maps.x);
+            prefetch_map(&maps.y);
+            for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), 1); barrier_init(empty(i), kStateWarps + output_warps); }
             for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), min(L::Makers, kChunk) / 32); barrier_init(used(i), kStateWarps); }
             for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
+            barrier_init(ragged(), 1);
+            barriers_ready();
         }
         __syncthreads();
     }
 };
 
 // ---------------------------------------------------------------------------------------------------- loading
-// Rows into planes, 16 bytes at a time, neighbouring lanes neighbouring vectors of a row: whole sectors of device memory
-// for every eight lanes. Rows past `valid` and vectors past `real` become zeros.
-template <int Loaders, int Vectors>
-__device__ __forceinline__ void load_planes(uint32_t to, const bf16* from, int64_t stride, int valid, int real = Vectors) {
-    constexpr int Rows = Loaders / Vectors, Rest = Loaders % Vectors;  // from one item of a thread to its next
-    const int thread = threadIdx.x % Loaders;
-    int row = thread / Vectors, vector = thread % Vectors;
-    from += row * stride + vector * 8;
-    to += vector * kPlane + row * 16;
-    const bool whole = valid >= kChunk && real == Vectors;
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    #pragma unroll (Vectors > 8 ? 1 : 8)
-    for (int i = 0; i < Vectors * (kChunk / Loaders); ++i) {
-        if (whole) copy16(to, from);
-        else if (row < valid && vector < real) copy16(to, from);
-        else store_shared_vector(to, zeros);
-        const int wraps = Rest > 0 && vector + Rest >= Vectors;
-        row += Rows + wraps;
-        vector += Rest - wraps * Vectors;
-        from += (Rows + wraps) * stride + (Rest - wraps * Vectors) * 8;
-        to += (Rows + wraps) * 16 + (Rest - wraps * Vectors) * kPlane;
-    }
+// Of rows [batch, seq, heads, width] as planes [batch][head][width / 8][token][8]; boxes of `columns` columns of a chunk. Tokens past
+// the end and columns past the width are zeros.
+inline bool make_planes(CUtensorMap* map, const TaylorArgs& p, const void* rows, const int64_t (&stride)[3], int width, int columns) {
+    auto size = [](int64_t n) { return (cuuint64_t)n; };
+    return make_map<5>(map, rows, {8, size(p.seq), size(width / 8), size(p.heads), size(p.batch)},
+                       {size(stride[1] * 2), 16, size(stride[2] * 2), size(stride[0] * 2)}, {8, kChunk, (cuuint32_t)columns / 8, 1, 1},
+                       CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
+template <class L> inline bool make_maps(Maps& maps, const TaylorArgs& p) {
+    auto values = [&](CUtensorMap& map, bool of_grad, int columns) {
+        return of_grad ? make_planes(&map, p, p.grad_o, p.grad_stride, p.head_dim, columns)
+                       : make_planes(&map, p, p.v, p.stride, p.head_dim, columns);
+    };
+    return make_planes(&maps.x, p, p.reverse ? p.q : p.k, p.stride, p.features, 16) &&
+           (!L::WithRows || make_planes(&maps.r, p, p.reverse ? p.k : p.q, p.stride, p.features, 16)) &&
+           values(maps.y, p.reverse, L::Columns) && (!L::RowColumns || values(maps.u, !p.reverse, L::RowColumns));
 }
 
 // Elements (first, first + 1) mod 16 of a row of 16.
@@ -202,69 +205,60 @@ __device__ __forceinline__ void make_features(const Segment& s, int chunks, cons
     }
 }
 
+// One warp: has the boxes of every chunk copied and adds what is no tensor's.
 template <class L, bool Reverse>
-__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<L>& m) {
-    const int thread = threadIdx.x % L::Loaders, chunks = chunk_count(s);
-    constexpr int Tokens = kChunk / L::Loaders;  // of a thread, Loaders apart
-    constexpr uint32_t last = L::y + L::Columns / 8 * kPlane;          // the last column's plane: ones (forwards), or zeros
-    for (int i = 0; i < L::Stages; ++i)          // backwards a token's own thread writes the first word, chunk by chunk
-        for (int j = thread; j < kChunk * 4; j += L::Loaders)
-            if (!Reverse || j % 4) store_shared(m.stage(i) + last + j * 4, Reverse ? 0u : 0x3f803f80u);
-    constexpr int Ahead = L::WithRows ? 1 : 2;   // chunks on their way behind the one handed over: more would keep the first ones back
-    int handed = 0;
-    auto hand_over = [&] {
-        fence_for_tensor_cores();
-        warp_arrive(m.full(handed++));
+__device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Maps& maps, const Segment& s, int head, int column, const Shared<L>& m) {
+    constexpr int Tokens = kChunk / 32;          // of a lane, 32 apart
+    constexpr bool Factors = Reverse || L::RowColumns > 0;
+    constexpr int last = L::y + L::Columns / 8 * kPlane;               // the last column's plane: ones (forwards), or zeros
+    const int lane = threadIdx.x & 31, chunks = chunk_count(s);
+    const uint32_t filled = Reverse ? 0u : 0x3f803f80u, fill[4] = {filled, filled, filled, filled};
+    auto chunk = [&](int i) { return chunk_begin<L::template Backwards<Reverse>>(s, i); };
+    float den[Tokens], dot[Tokens];              // of the next chunk
+    auto read_factors = [&](int i) {
+        #pragma unroll
+        for (int j = 0; j < Tokens; ++j) {
+            const int token = chunk(i) + lane + j * 32;
+            const int64_t index = token_index(p, s.batch, s.first + token, head);
+            den[j] = token < s.length ? p.denominator[index] : 0.f;
+            dot[j] = Reverse && token < s.length ? p.grad_dot[index] : 0.f;
+        }
     };
-    const int64_t* ys = Reverse ? p.grad_stride : p.stride;
-    const int64_t* us = Reverse ? p.stride : p.grad_stride;
+    if (Factors) read_factors(0);
+    #pragma unroll 1
     for (int i = 0; i < chunks; ++i) {
-        const int begin = chunk_begin<L::template Backwards<Reverse>>(s, i), valid = min(kChunk, s.length - begin), first = s.first + begin;
+        const int valid = min(kChunk, s.length - chunk(i)), first = s.first + chunk(i);
         const uint32_t at = m.stage(i);
-        if (i >= L::Stages) {
-            const int parity = Shared<L>::stage_parity(i - L::Stages);
-            if (handed < i && !__all_sync(~0u, barrier_test(m.empty(i), parity))) {
-                copies_wait<0>();
-                while (handed < i) hand_over();
-            }
-            barrier_wait(m.empty(i), parity);
+        const bool ragged = valid < kChunk && s.end < p.seq;           // reaches into the next document: once a walk at most
+        if (i >= L::Stages) barrier_wait(m.empty(i), Shared<L>::stage_parity(i - L::Stages));
+        const uint32_t bar = ragged ? m.ragged() : m.full(i);
+        if (lane == 0) {
+            barrier_expect(bar, L::loaded);
+            copy_box(at + L::x, &maps.x, bar, 0, first, 0, head, s.batch);
+            if (L::WithRows) copy_box(at + L::r, &maps.r, bar, 0, first, 0, head, s.batch);
+            copy_box(at + L::y, &maps.y, bar, 0, first, column / 8, head, s.batch);
+            if (L::RowColumns) copy_box(at + L::u, &maps.u, bar, 0, first, 0, head, s.batch);
         }
-        float den[Tokens], dot[Tokens];
-        if (Reverse || L::RowColumns)
-            #pragma unroll
-            for (int j = 0; j < Tokens; ++j) {
-                const int token = thread + j * L::Loaders;
-                const int64_t index = token_index(p, s.batch, first + token, head);
-                den[j] = token < valid ? p.denominator[index] : 0.f;
-                dot[j] = Reverse && token < valid ? p.grad_dot[index] : 0.f;
-            }
-        load_planes<L::Loaders, 2>(at + L::x, token_row(Reverse ? p.q : p.k, p.stride, s.batch, first, head), p.stride[1], valid, p.features / 8);
-        if (L::WithRows)
-            load_planes<L::Loaders, 2>(at + L::r, token_row(Reverse ? p.k : p.q, p.stride, s.batch, first, head), p.stride[1], valid, p.features / 8);
-        load_planes<L::Loaders, L::Columns / 8>(at + L::y, token_row(Reverse ? p.grad_o : p.v, ys, s.batch, first, head) + column, ys[1], valid,
-                                               min(L::Columns, p.head_dim - column) / 8);
-        if constexpr (L::RowColumns > 0)
-            load_planes<L::Loaders, L::RowColumns / 8>(at + L::u, token_row(Reverse ? p.v : p.grad_o, us, s.batch, first, head), us[1], valid);
-        copies_commit();
-        if (Reverse || L::RowColumns)
-            #pragma unroll
-            for (int j = 0; j < Tokens; ++j) {
-                const int token = thread + j * L::Loaders;
-                const float inverse = token < valid ? 1.f / den[j] : 0.f;
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot[j] * inverse) : "memory");
-                if (Reverse) store_shared(at + last + token * 16, pack(-dot[j], 0.f));
-            }
-        if (i - handed == Ahead) {
-            copies_wait<Ahead>();
-            hand_over();
+        #pragma unroll
+        for (int j = 0; j < Tokens; ++j) {
+            const int token = lane + j * 32;
+            if (i < L::Stages) store_shared_vector(at + last + token * 16, fill);
+            if (!Factors) continue;
+            const float inverse = token < valid ? 1.f / den[j] : 0.f;
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot[j] * inverse) : "memory");
+            if (Reverse) store_shared(at + last + token * 16, pack(-dot[j], 0.f));
         }
+        if (ragged) {
+            const uint32_t zeros[4] = {0, 0, 0, 0};
+            warp_arrive(bar);
+            barrier_wait(bar, 0);
+            for (int plane = 0; plane < L::factors; plane += kPlane)
+                for (int token = valid + lane; token < kChunk && plane != last; token += 32) store_shared_vector(at + plane + token * 16, zeros);
+        }
+        fence_for_tensor_cores();
+        warp_arrive(m.full(i));
+        if (Factors && i + 1 < chunks) read_factors(i + 1);
     }
-    if (chunks - handed == 2) {
-        copies_wait<1>();
-        hand_over();
-    }
-    copies_wait<0>();
-    while (handed < chunks) hand_over();
 }
 
 // ---------------------------------------------------------------------------------------------------- state
@@ -466,8 +460,8 @@ template <bool Reverse> __device__ __forceinline__ uint32_t causal_triangle() {
 // The chunk's half that an output warpgroup makes in its turn of step i: halves differ in work, so two groups swap them.
 __device__ __forceinline__ int half_of(int turn, int i) { return turn ^ (i & 1); }
 
-template <typename F>
-inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
+template <typename... P, typename... A>
+inline int launch(void (*kernel)(P...), dim3 grid, int threads, int bytes, void* stream, const A&... args) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return (int)e;
     // Blocks may start while the kernel before ends: see wait_for_kernel_before.
@@ -476,8 +470,13 @@ inline int launch(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid; config.blockDim = dim3(threads); config.dynamicSmemBytes = bytes;
-    config.stream = (cudaStream_t)p.stream; config.attrs = &early; config.numAttrs = 1;
-    return (int)cudaLaunchKernelEx(&config, kernel, p);
+    config.stream = (cudaStream_t)stream; config.attrs = &early; config.numAttrs = 1;
+    return (int)cudaLaunchKernelEx(&config, kernel, args...);
+}
+// A kernel that walks chunks of L.
+template <class L, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
+    Maps maps{};
+    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, bytes, p.stream, p, maps) : (int)cudaErrorInvalidValue;
 }
 
 }  // namespace taylor

@@ -9,12 +9,13 @@ using namespace taylor;
 
 // How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
 template <int D> struct Shape {
-    static constexpr int Groups = D <= 64 ? 2 : 1, Helpers = D <= 64 ? 128 : 64;    // threads that make features, and as many that load
-    static constexpr int Threads = (kStateWarps + Groups * 4) * 32 + 2 * Helpers;
+    static constexpr int Groups = D <= 64 ? 2 : 1, Makers = D <= 64 ? 128 : 64;     // threads that make features
+    // Whole warpgroups, for their registers: beside the warp that loads, others idle.
+    static constexpr int Loader = kStateWarps + Groups * 4 + Makers / 32, Threads = (Loader + 4) / 4 * 128;
     // Registers of a thread by role: the sum over warpgroups is what a block starts with, 504 and 480.
     static constexpr int State = D <= 64 ? 64 : 104, Output = 112, Feature = 56, Load = 32;
     static constexpr int Keys = D <= 64 ? 64 : 32, Features = 32;
-    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Helpers, Helpers>;
+    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Makers>;
 };
 
 // Permutation matrices P_r[i][i + r mod 16] = 1, r = 1 .. 7, as right operands of `mma`: four words a lane.
@@ -269,12 +270,12 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
 }
 
 template <int D, bool Reverse>
-__global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_constant__ TaylorArgs p) {
+__global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
     using L = typename Shape<D>::Tiles;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
     write_permutations(m.base + L::bytes);
-    m.init(Shape<D>::Groups * 4);
+    m.init(Shape<D>::Groups * 4, maps);
     if (!p.older) wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, blockIdx.x, s)) return;
@@ -286,16 +287,12 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     } else if (warp < kStateWarps + Shape<D>::Groups * 4) {
         registers_up<Shape<D>::Output>();
         make_gradients<D, Reverse>(p, s, blockIdx.y, m);
-    } else if (const bool maker = warp < kStateWarps + Shape<D>::Groups * 4 + Shape<D>::Helpers / 32; L::Makers == 64) {
-        registers_down<Shape<D>::Feature>();     // both roles share the warpgroup
-        if (maker) make_features<L, Reverse>(s, chunk_count(s) - 1, m);
-        else load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
-    } else if (maker) {
-        registers_down<Shape<D>::Feature>();
-        make_features<L, Reverse>(s, chunk_count(s) - 1, m);
     } else {
-        registers_down<Shape<D>::Load>();
-        load_chunks<L, Reverse>(p, s, blockIdx.y, 0, m);
+        // Where both roles share a warpgroup they have the same registers.
+        if (L::Makers == 64 || warp < Shape<D>::Loader) registers_down<Shape<D>::Feature>();
+        else registers_down<Shape<D>::Load>();
+        if (warp < Shape<D>::Loader) make_features<L, Reverse>(s, chunk_count(s) - 1, m);
+        if (warp == Shape<D>::Loader) load_chunks<L, Reverse>(p, maps, s, blockIdx.y, 0, m);
     }
 }
 
@@ -303,6 +300,6 @@ template <int D> static int run(const TaylorArgs& p) {
     constexpr int bytes = Shape<D>::Tiles::bytes + kPermutations;
     static_assert(bytes <= 232448, "more shared memory than a block may have");
     const dim3 grid(p.slots, p.heads);
-    return p.reverse ? launch(gradient<D, true>, grid, Shape<D>::Threads, bytes, p) : launch(gradient<D, false>, grid, Shape<D>::Threads, bytes, p);
+    return launch_walk<typename Shape<D>::Tiles>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, bytes, p);
 }
 extern "C" int taylor_gradient(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kD>(*p)) }

@@ -6,7 +6,7 @@
 #include "taylor_common.cuh"
 using namespace taylor;
 
-template <int W> using Tiles = Layout<W, 0, true, 4, 2, 2, 1, 128, 128>;
+template <int W> using Tiles = Layout<W, 0, true, 4, 2, 2, 1, 128>;
 constexpr int kOutputWarps = 8, kThreads = (kStateWarps + kOutputWarps + 8) * 32;
 
 template <int W, bool Reverse>
@@ -113,12 +113,12 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
 }
 
 template <int W, bool Reverse>
-__global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ TaylorArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
     using L = Tiles<W>;
     extern __shared__ __align__(128) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
-    m.init(kOutputWarps);
+    m.init(kOutputWarps, maps);
     if (!p.older) wait_for_kernel_before();
     Segment s;
     if (!find_segment(p, slot, s)) return;
@@ -127,20 +127,20 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
         registers_down<64>();
         carry_state<L, Reverse>(p, s, slot, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps) {
-        registers_up<104>();
+        registers_up<112>();
         make_outputs<W, Reverse>(p, s, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps + 4) {
         registers_down<56>();
         make_features<L, Reverse>(s, chunk_count(s) - 1, m);
     } else {
-        registers_down<40>();
-        load_chunks<L, Reverse>(p, s, head, column, m);
+        registers_down<32>();
+        if (warp == kStateWarps + kOutputWarps + 4) load_chunks<L, Reverse>(p, maps, s, head, column, m);
     }
 }
 
 template <int W> static int run(const TaylorArgs& p) {
     constexpr int bytes = Tiles<W>::bytes + kOutputWarps * 16 * (W * 2 + 16);
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
-    return p.reverse ? launch(output<W, true>, grid, kThreads, bytes, p) : launch(output<W, false>, grid, kThreads, bytes, p);
+    return launch_walk<Tiles<W>>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, bytes, p);
 }
 extern "C" int taylor_output(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -60,5 +60,5 @@ __global__ void scan(const __grid_constant__ TaylorArgs p) {
 
 extern "C" int taylor_scan(const TaylorArgs* p) {
     dim3 grid(p->docs, p->heads, (kRows * (p->head_dim + 8) + 255) / 256);
-    return launch(scan, grid, 256, 0, *p);
+    return launch(scan, grid, 256, 0, p->stream, *p);
 }

@@ -47,9 +47,9 @@ def plan(batch: int, seq: int, heads: int, docs: int | None) -> Plan:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x` as the kernels read it: bf16, contiguous last dimension, rows on 16-byte boundaries."""
+    """`x` as the kernels read it: bf16, contiguous last dimension, rows on 16-byte boundaries, none read twice."""
     x = x.to(torch.bfloat16)
-    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]):
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 or not s for s in x.stride()[:-1]):
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
@@ -116,11 +116,11 @@ def _sequence_first(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 @torch.library.custom_op("based_mp::taylor_forward", mutates_args=(), device_types="cuda")
 def taylor_forward(qkv: Tensor, feature_dim: int, kv: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
                    scale: float, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, denominator [b, s, h], segment states (saved for the backward), final kv and z (empty unless asked for)."""
+    """o, denominator [b, h, s], segment states (saved for the backward), final kv and z (empty unless asked for)."""
     p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     full = {"dtype": torch.float32, "device": qkv.device}
     o = _sequence_first(o_shape, torch.bfloat16, qkv.device)
-    denominator = torch.empty(o_shape[:3], **full)
+    denominator = torch.empty(o_shape[0], o_shape[2], o_shape[1], **full)
     states = _states(p, *o_shape, cu_seqlens is not None, return_state or kv is not None)
     space = torch.empty((0,) if states == "none" else space_shape, **full)
     kv_out = torch.empty(kv_shape if return_state else (0,), **full)
@@ -138,7 +138,7 @@ def _(qkv, feature_dim, kv, z, cu_seqlens, scale, return_state):
     p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     states = _states(p, *o_shape, cu_seqlens is not None, return_state or kv is not None)
     full = {"dtype": torch.float32, "device": qkv.device}
-    return (_sequence_first(o_shape, qkv.dtype, qkv.device), torch.empty(o_shape[:3], **full),
+    return (_sequence_first(o_shape, qkv.dtype, qkv.device), torch.empty(o_shape[0], o_shape[2], o_shape[1], **full),
             torch.empty((0,) if states == "none" else space_shape, **full),
             torch.empty(kv_shape if return_state else (0,), **full),
             torch.empty(kv_shape[:-1] if return_state else (0,), **full))
@@ -152,7 +152,7 @@ def taylor_backward(grad_o: Tensor, denominator: Tensor, space: Tensor, qkv: Ten
     p, o_shape, space_shape, kv_shape = _shapes(qkv, feature_dim, cu_seqlens)
     full = {"dtype": torch.float32, "device": qkv.device}
     x, grad_o = aligned(qkv), aligned(grad_o)
-    dot = torch.empty(o_shape[:3], **full)
+    dot = torch.empty(o_shape[0], o_shape[2], o_shape[1], **full)
     dqkv = _sequence_first(qkv.shape, torch.bfloat16, qkv.device)
     states = _states(p, *o_shape, cu_seqlens is not None, want_state or grad_kv is not None)
     grad_kv, grad_z = (None if t is None else t.float().contiguous() for t in (grad_kv, grad_z))
