@@ -9,7 +9,7 @@ template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1,
 template <int W, bool Exact, bool Reverse>
 __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
     using L = Tiles<W, Exact>;
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
     m.init(0, maps);
