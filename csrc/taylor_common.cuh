@@ -14,8 +14,8 @@
 //   2 to 8 warps make the features that the state takes in;
 //   1 warp has the chunks ahead copied by the tensor memory accelerator.
 // Forwards x = k and y = [v | 1 x 8]: every lane finds the denominator in its own last column. Backwards x = q / den and
-// y = [grad_o | -(grad_o . o) | 0 x 7]. What is loaded lies in shared memory as panels of 16 columns, 32 swizzled bytes a token: a sector of
-// device memory. What is made lies as planes of 8 columns, 16 bytes a row, unswizzled.
+// y = [grad_o | -(grad_o . o) | 0 x 7]. What is loaded lies in shared memory as panels of 16 columns, 32 swizzled bytes a token,
+// a sector of device memory; what is made as planes of 8 columns, 16 bytes a row, unswizzled.
 #pragma once
 #include "hopper.cuh"
 #include "taylor_args.h"
@@ -484,6 +484,7 @@ inline int launch(void (*kernel)(P...), dim3 grid, int threads, int bytes, void*
 }
 // A kernel that walks chunks of L.
 template <class L, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
+    static_assert(L::bytes <= 227 * 1024, "does not fit into a multiprocessor's shared memory");
     Maps maps{};
     return make_maps<L>(maps, p) ? launch(kernel, grid, threads, bytes, p.stream, p, maps) : (int)cudaErrorInvalidValue;
 }

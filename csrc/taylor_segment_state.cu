@@ -4,7 +4,7 @@
 using namespace taylor;
 
 constexpr int kMakers = 256, kSegmentThreads = kStateWarps * 32 + kMakers + 32;
-template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, Exact ? 2 : 4, Exact ? 2 : 1, kMakers>;
+template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 0, Exact ? 2 : 4, Exact ? 2 : 1, kMakers>;
 
 template <int W, bool Exact, bool Reverse>
 __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {

@@ -105,6 +105,20 @@ def test_packed_documents():
     assert error(state.kv, ref.kv) < 1e-3 and (state.kv[1] == 0).all()
 
 
+@pytest.mark.parametrize("f, d", [(16, 64), (8, 112)])
+def test_documents_do_not_read_each_other(f, d):
+    """A chunk is copied whole, also where it reaches into the next document: not even NaN comes through."""
+    cu = torch.tensor([0, 200, 500, 900], dtype=torch.int32, device="cuda")
+    def run(qkv):
+        o = taylor_linear_attention_qkv(qkv.requires_grad_(), f, cu_seqlens=cu)
+        return o, torch.autograd.grad(o, qkv, grad)[0]
+    qkv, grad = (torch.cat(x, -1).detach() for x in (make(1, 900, 2, f, d)[:3], make(1, 900, 2, f, d, seed=1)[3:]))
+    clean, spoilt = run(qkv.clone()), qkv.clone()
+    spoilt[:, :200] = spoilt[:, 500:] = float("nan")
+    for a, b in zip(run(spoilt), clean, strict=True):
+        assert a[:, :200].isnan().any() and torch.equal(a[:, 200:500], b[:, 200:500])
+
+
 @pytest.mark.parametrize("n", [1, 100, 160, 511])
 def test_split_invariance(n):
     q, k, v, _ = make(1, 512, 2, 16, 64)
