@@ -120,7 +120,8 @@ template <class L> struct Shared {
             prefetch_map(&maps.y);
             for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), 1); barrier_init(empty(i), kStateWarps + output_warps); }
             for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), min(L::Makers, kChunk) / 32); barrier_init(used(i), kStateWarps); }
-            for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
+            if constexpr (L::Published > 0)
+                for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
             barrier_init(ragged(), 1);
             barriers_ready();
         }
@@ -482,11 +483,11 @@ inline int launch(void (*kernel)(P...), dim3 grid, int threads, int bytes, void*
     config.stream = (cudaStream_t)stream; config.attrs = &early; config.numAttrs = 1;
     return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
-// A kernel that walks chunks of L.
-template <class L, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
-    static_assert(L::bytes <= 227 * 1024, "does not fit into a multiprocessor's shared memory");
+// A kernel that walks chunks, with L and `Beside` bytes in shared memory.
+template <class L, int Beside = 0, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, const TaylorArgs& p) {
+    static_assert(L::bytes + Beside <= 232448, "more shared memory than a block may have");
     Maps maps{};
-    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, bytes, p.stream, p, maps) : (int)cudaErrorInvalidValue;
+    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, L::bytes + Beside, p.stream, p, maps) : (int)cudaErrorInvalidValue;
 }
 
 }  // namespace taylor

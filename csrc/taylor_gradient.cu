@@ -296,9 +296,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
 }
 
 template <int D> static int run(const TaylorArgs& p) {
-    constexpr int bytes = Shape<D>::Tiles::bytes + kPermutations;
-    static_assert(bytes <= 232448, "more shared memory than a block may have");
     const dim3 grid(p.slots, p.heads);
-    return launch_walk<typename Shape<D>::Tiles>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, bytes, p);
+    return launch_walk<typename Shape<D>::Tiles, kPermutations>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, p);
 }
 extern "C" int taylor_gradient(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kD>(*p)) }

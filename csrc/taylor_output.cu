@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
 }
 
 template <int W> static int run(const TaylorArgs& p) {
-    constexpr int bytes = Tiles<W>::bytes + kOutputWarps * 16 * (W * 2 + 16);
+    constexpr int rows = kOutputWarps * 16 * (W * 2 + 16);
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
-    return launch_walk<Tiles<W>>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, bytes, p);
+    return launch_walk<Tiles<W>, rows>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, p);
 }
 extern "C" int taylor_output(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
 template <int W, bool Exact> static int run(const TaylorArgs& p) {
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
     using L = Tiles<W, Exact>;
-    return launch_walk<L>(p.reverse ? segment_state<W, Exact, true> : segment_state<W, Exact, false>, grid, kSegmentThreads, L::bytes, p);
+    return launch_walk<L>(p.reverse ? segment_state<W, Exact, true> : segment_state<W, Exact, false>, grid, kSegmentThreads, p);
 }
 template <int W> static int run(const TaylorArgs& p) { return p.exact ? run<W, true>(p) : run<W, false>(p); }
 extern "C" int taylor_segment_state(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }
