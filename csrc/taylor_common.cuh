@@ -89,7 +89,8 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
     static constexpr int state = published + kRows * 4;
     static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
-    static constexpr int bars = states + Published * state;
+    // The features' last buffer is not the last thing: products take in four tiles a warpgroup, two more than there are.
+    static constexpr int beyond = 4 * kFeaturePlane, bars = states + (Published > 0 ? Published * state : beyond);
     static constexpr int bytes = (bars + (2 * (Stages + Published + Halves) + 1) * 8 + 15) / 16 * 16;
 };
 // The tensors that a stage's tiles are cut from.
