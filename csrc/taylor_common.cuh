@@ -14,7 +14,8 @@
 //   2 to 8 warps make the features that the state takes in;
 //   1 warp has the chunks ahead copied by the tensor memory accelerator.
 // Forwards x = k and y = [v | 1 x 8]: every lane finds the denominator in its own last column. Backwards x = q / den and
-// y = [grad_o | -(grad_o . o) | 0 x 7]. Tiles lie in shared memory as planes of 8 columns, 16 bytes a token: the layout wgmma reads unswizzled.
+// y = [grad_o | -(grad_o . o) | 0 x 7]. What is loaded lies in shared memory as panels of 16 columns, 32 swizzled bytes a token,
+// a sector of device memory; what is made as planes of 8 columns, 16 bytes a row, unswizzled.
 #pragma once
 #include "hopper.cuh"
 #include "taylor_args.h"
@@ -23,8 +24,8 @@ namespace taylor {
 
 constexpr int kChunk = 128, kTiles = 10, kRows = kTiles * 16;
 constexpr int kStateWarps = 12;                  // and 4 or 8 output warps, 2 to 8 for features, 1 that loads
-constexpr int kPlane = kChunk * 16;              // bytes from plane to plane of a chunk
-constexpr int kStatePlane = kRows * 16;          // the same of the published state
+constexpr int kPanel = kChunk * 32;              // bytes of 16 columns of a chunk
+constexpr int kStatePlane = kRows * 16;          // bytes from plane to plane of the published state
 constexpr int kHalf = kChunk / 2, kFeaturePlane = kHalf * 16 + 16, kFeatures = kRows / 8 * kFeaturePlane;     // features of half a chunk
 using bf16 = __nv_bfloat16;
 
@@ -82,13 +83,14 @@ template <int W, int U, bool Rows, int Stages_, int Published_, int Halves_, int
     static constexpr bool WithRows = Rows;
     // Where no outputs are made the walk goes the other way: it ends with the tokens in the L2 cache that outputs begin with.
     template <bool Reverse> static constexpr bool Backwards = Reverse == Rows;
-    static constexpr int x = 0, r = x + 2 * kPlane, y = r + (Rows ? 2 * kPlane : 0), u = y + (W / 8 + 1) * kPlane;
-    static constexpr int factors = u + U / 8 * kPlane;                 // float2 {1 / den, grad_o . o / den} a token, the latter backwards
-    static constexpr int stage = factors + kChunk * 8, loaded = factors - kPlane;      // the last column's plane is not a tensor's
+    static constexpr int x = 0, r = x + kPanel, y = r + (Rows ? kPanel : 0), ones = y + W / 16 * kPanel, u = ones + kPanel;
+    static constexpr int factors = u + U / 16 * kPanel;                // float2 {1 / den, grad_o . o / den} a token, the latter backwards
+    static constexpr int stage = factors + kChunk * 8, loaded = factors - kPanel;      // the last column's panel is not a tensor's
     static constexpr int published = (W / 8 + 1) * kStatePlane, last = published;      // last: fp32 last column
     static constexpr int state = published + kRows * 4;
     static constexpr int features = Stages * stage, states = features + Halves * Terms * kFeatures;
-    static constexpr int bars = states + Published * state;
+    // The features' last buffer is not the last thing: products take in four tiles a warpgroup, two more than there are.
+    static constexpr int beyond = 4 * kFeaturePlane, bars = states + (Published > 0 ? Published * state : beyond);
     static constexpr int bytes = (bars + (2 * (Stages + Published + Halves) + 1) * 8 + 15) / 16 * 16;
 };
 // The tensors that a stage's tiles are cut from.
@@ -119,7 +121,8 @@ template <class L> struct Shared {
             prefetch_map(&maps.y);
             for (int i = 0; i < L::Stages; ++i) { barrier_init(full(i), 1); barrier_init(empty(i), kStateWarps + output_warps); }
             for (int i = 0; i < L::Halves; ++i) { barrier_init(made(i), min(L::Makers, kChunk) / 32); barrier_init(used(i), kStateWarps); }
-            for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
+            if constexpr (L::Published > 0)
+                for (int i = 0; i < L::Published; ++i) { barrier_init(published(i), kTiles); barrier_init(released(i), output_warps); }
             barrier_init(ragged(), 1);
             barriers_ready();
         }
@@ -128,23 +131,29 @@ template <class L> struct Shared {
 };
 
 // ---------------------------------------------------------------------------------------------------- loading
-// Of rows [batch, seq, heads, width] as planes [batch][head][width / 8][token][8]; boxes of `columns` columns of a chunk. Tokens past
+// Rows [batch, seq, heads, width] as panels [batch][head][panel][token][16]; boxes of `columns` columns of a chunk. Tokens past
 // the end and columns past the width are zeros.
-inline bool make_planes(CUtensorMap* map, const TaylorArgs& p, const void* rows, const int64_t (&stride)[3], int width, int columns) {
+inline bool make_panels(CUtensorMap* map, const TaylorArgs& p, const void* rows, const int64_t (&stride)[3], int width, int columns) {
     auto size = [](int64_t n) { return (cuuint64_t)n; };
-    return make_map<5>(map, rows, {8, size(p.seq), size(width / 8), size(p.heads), size(p.batch)},
-                       {size(stride[1] * 2), 16, size(stride[2] * 2), size(stride[0] * 2)}, {8, kChunk, (cuuint32_t)columns / 8, 1, 1},
-                       CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+    return make_map<5>(map, rows, {size(width < 16 ? width : 16), size(p.seq), size((width + 15) / 16), size(p.heads), size(p.batch)},
+                       {size(stride[1] * 2), 32, size(stride[2] * 2), size(stride[0] * 2)}, {16, kChunk, (cuuint32_t)columns / 16, 1, 1},
+                       CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 template <class L> inline bool make_maps(Maps& maps, const TaylorArgs& p) {
     auto values = [&](CUtensorMap& map, bool of_grad, int columns) {
-        return of_grad ? make_planes(&map, p, p.grad_o, p.grad_stride, p.head_dim, columns)
-                       : make_planes(&map, p, p.v, p.stride, p.head_dim, columns);
+        return of_grad ? make_panels(&map, p, p.grad_o, p.grad_stride, p.head_dim, columns)
+                       : make_panels(&map, p, p.v, p.stride, p.head_dim, columns);
     };
-    return make_planes(&maps.x, p, p.reverse ? p.q : p.k, p.stride, p.features, 16) &&
-           (!L::WithRows || make_planes(&maps.r, p, p.reverse ? p.k : p.q, p.stride, p.features, 16)) &&
+    return make_panels(&maps.x, p, p.reverse ? p.q : p.k, p.stride, p.features, 16) &&
+           (!L::WithRows || make_panels(&maps.r, p, p.reverse ? p.k : p.q, p.stride, p.features, 16)) &&
            values(maps.y, p.reverse, L::Columns) && (!L::RowColumns || values(maps.u, !p.reverse, L::RowColumns));
 }
+
+// Where half a row of a panel lies.
+__device__ __forceinline__ int in_panel(int token, int half) { return token * 32 + (half ^ token >> 2 & 1) * 16; }
+// Operand of a product from a panel on, its K along the 16 columns, or along tokens where the product is told Trans = 1, its
+// columns then in as many panels as it has.
+__device__ __forceinline__ uint64_t panel(uint32_t at) { return operand(at, kPanel, 256) | (uint64_t)3 << 62; }
 
 // Elements (first, first + 1) mod 16 of a row of 16.
 __device__ __forceinline__ uint32_t pair(const uint32_t (&x)[8], int first) {
@@ -184,7 +193,7 @@ __device__ __forceinline__ void make_features(const Segment& s, int chunks, cons
         const int i = n / 2, row = n % 2 * kHalf + token;
         const uint32_t at = m.stage(i), to = m.features(n) + token * 16;
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        const uint4 a = load_shared_vector(at + L::x + row * 16), b = load_shared_vector(at + L::x + kPlane + row * 16);
+        const uint4 a = load_shared_vector(at + L::x + in_panel(row, 0)), b = load_shared_vector(at + L::x + in_panel(row, 1));
         const uint32_t x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
         uint32_t z[8], lost[8], one = chunk_begin<L::template Backwards<Reverse>>(s, i) + row < s.length ? 0x3f803f80u : 0u;
         if (Reverse) {
@@ -210,9 +219,12 @@ template <class L, bool Reverse>
 __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Maps& maps, const Segment& s, int head, int column, const Shared<L>& m) {
     constexpr int Tokens = kChunk / 32;          // of a lane, 32 apart
     constexpr bool Factors = Reverse || L::RowColumns > 0;
-    constexpr int last = L::y + L::Columns / 8 * kPlane;               // the last column's plane: ones (forwards), or zeros
     const int lane = threadIdx.x & 31, chunks = chunk_count(s);
-    const uint32_t filled = Reverse ? 0u : 0x3f803f80u, fill[4] = {filled, filled, filled, filled};
+    const uint32_t filled = Reverse ? 0u : 0x3f803f80u, fill[4] = {filled, filled, filled, filled}, zeros[4] = {0, 0, 0, 0};
+    auto fill_row = [](uint32_t row, const uint32_t (&x)[4]) {
+        store_shared_vector(row, x);
+        store_shared_vector(row + 16, x);
+    };
     auto chunk = [&](int i) { return chunk_begin<L::template Backwards<Reverse>>(s, i); };
     float den[Tokens], dot[Tokens];              // of the next chunk
     auto read_factors = [&](int i) {
@@ -236,24 +248,23 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Maps& map
             barrier_expect(bar, L::loaded);
             copy_box(at + L::x, &maps.x, bar, 0, first, 0, head, s.batch);
             if (L::WithRows) copy_box(at + L::r, &maps.r, bar, 0, first, 0, head, s.batch);
-            copy_box(at + L::y, &maps.y, bar, 0, first, column / 8, head, s.batch);
+            copy_box(at + L::y, &maps.y, bar, 0, first, column / 16, head, s.batch);
             if (L::RowColumns) copy_box(at + L::u, &maps.u, bar, 0, first, 0, head, s.batch);
         }
         #pragma unroll
         for (int j = 0; j < Tokens; ++j) {
             const int token = lane + j * 32;
-            if (i < L::Stages) store_shared_vector(at + last + token * 16, fill);
+            if (i < L::Stages) fill_row(at + L::ones + token * 32, fill);
             if (!Factors) continue;
             const float inverse = token < valid ? 1.f / den[j] : 0.f;
             asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + L::factors + token * 8), "f"(inverse), "f"(dot[j] * inverse) : "memory");
-            if (Reverse) store_shared(at + last + token * 16, pack(-dot[j], 0.f));
+            if (Reverse) store_shared(at + L::ones + in_panel(token, 0), pack(-dot[j], 0.f));
         }
         if (ragged) {
-            const uint32_t zeros[4] = {0, 0, 0, 0};
             warp_arrive(bar);
             barrier_wait(bar, 0);
-            for (int plane = 0; plane < L::factors; plane += kPlane)
-                for (int token = valid + lane; token < kChunk && plane != last; token += 32) store_shared_vector(at + plane + token * 16, zeros);
+            for (int tile = 0; tile < L::factors; tile += kPanel)
+                for (int token = valid + lane; token < kChunk && tile != L::ones; token += 32) fill_row(at + tile + token * 32, zeros);
         }
         fence_for_tensor_cores();
         warp_arrive(m.full(i));
@@ -281,13 +292,13 @@ template <int N, bool Reverse> struct State {
     // nobody reads them.
     template <class L> __device__ __forceinline__ void add(const Shared<L>& m, int n) {
         const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-        const uint32_t y = m.stage(n / 2) + L::y + n % 2 * kHalf * 16, f = m.features(n) + group * 8 * kFeaturePlane;
+        const uint32_t y = m.stage(n / 2) + L::y + n % 2 * kHalf * 32, f = m.features(n) + group * 8 * kFeaturePlane;
         barrier_wait(m.made(n), Shared<L>::half_parity(n));
         wgmma_begin();
         #pragma unroll
         for (int term = 0; term < L::Terms; ++term)
             #pragma unroll
-            for (int step = 0; step < kHalf / 16; ++step) add_product(f + term * kFeatures + step * 256, y + step * 256);
+            for (int step = 0; step < kHalf / 16; ++step) add_product(f + term * kFeatures + step * 256, y + step * 512);
         wgmma_commit();
     }
     // Both halves of chunk i.
@@ -308,12 +319,11 @@ template <int N, bool Reverse> struct State {
 
     // sum += f y, in two pieces where one instruction would need more registers than a thread starts with.
     __device__ __forceinline__ void add_product(uint32_t f, uint32_t y) {
-        constexpr int First = N > 72 ? (N - 8) / 2 : 0;
+        constexpr int First = N > 72 ? (N - 8) / 32 * 16 : 0;
         const uint64_t a = operand(f, 128, kFeaturePlane);
         if constexpr (First)
-            Wgmma<First>::template ss<1, 1>(reinterpret_cast<float (&)[First / 2]>(sum), a, operand(y, 128, kPlane), 1);
-        Wgmma<N - First>::template ss<1, 1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), a,
-                                            operand(y + First / 8 * kPlane, 128, kPlane), 1);
+            Wgmma<First>::template ss<1, 1>(reinterpret_cast<float (&)[First / 2]>(sum), a, panel(y), 1);
+        Wgmma<N - First>::template ss<1, 1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), a, panel(y + First / 16 * kPanel), 1);
     }
 
     // The weighted state as bf16 operand; `last`: its last column also in fp32.
@@ -404,24 +414,25 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
 
 // ---------------------------------------------------------------------------------------------------- output rows
 // The 16 values of rows g and g + 8 of this warp's 16 rows, rotated by 2t: x[m] holds elements 2t + 2m and 2t + 2m + 1.
-// `rows`: a narrow tile at the warp's first row.
+// `rows`: a panel at the warp's first row.
 __device__ __forceinline__ void load_rows(uint32_t (&x0)[8], uint32_t (&x1)[8], uint32_t rows) {
     const int lane = threadIdx.x & 31, t = lane & 3;
     #pragma unroll
     for (int m = 0; m < 8; ++m) {
         const int c = (2 * t + 2 * m) & 15;
-        const uint32_t at = rows + (c >> 3) * kPlane + (lane >> 2) * 16 + (c & 7) * 2;
+        const uint32_t at = rows + in_panel(lane >> 2, c >> 3) + (c & 7) * 2;
         x0[m] = load_shared(at);
-        x1[m] = load_shared(at + 128);
+        x1[m] = load_shared(at + 256);
     }
 }
 // The first tile of features, which is the rows themselves, as left operand.
 __device__ __forceinline__ void load_own(uint32_t (&a)[4], uint32_t rows) {
-    const uint32_t at = rows + ((threadIdx.x & 31) >> 2) * 16 + (threadIdx.x & 3) * 4;
-    a[0] = load_shared(at);
-    a[1] = load_shared(at + 128);
-    a[2] = load_shared(at + kPlane);
-    a[3] = load_shared(at + kPlane + 128);
+    #pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t at = rows + in_panel((threadIdx.x & 31) >> 2, half) + (threadIdx.x & 3) * 4;
+        a[2 * half] = load_shared(at);
+        a[2 * half + 1] = load_shared(at + 256);
+    }
 }
 // Elements (2t + 8 half + r, and the next) mod 16 of a row held as above.
 __device__ __forceinline__ uint32_t rotated(const uint32_t (&x)[8], int r, int half) { return pair(x, 8 * half + r); }
@@ -473,10 +484,11 @@ inline int launch(void (*kernel)(P...), dim3 grid, int threads, int bytes, void*
     config.stream = (cudaStream_t)stream; config.attrs = &early; config.numAttrs = 1;
     return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
-// A kernel that walks chunks of L.
-template <class L, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, int bytes, const TaylorArgs& p) {
+// A kernel that walks chunks, with L and `Beside` bytes in shared memory.
+template <class L, int Beside = 0, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, const TaylorArgs& p) {
+    static_assert(L::bytes + Beside <= 232448, "more shared memory than a block may have");
     Maps maps{};
-    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, bytes, p.stream, p, maps) : (int)cudaErrorInvalidValue;
+    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, L::bytes + Beside, p.stream, p, maps) : (int)cudaErrorInvalidValue;
 }
 
 }  // namespace taylor

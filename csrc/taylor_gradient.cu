@@ -113,8 +113,7 @@ __device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint32_
     wgmma_begin();
     #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-        Wgmma<Features>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128),
-                            operand(state + first * 256 + k * 2 * kStatePlane, kStatePlane, 128), k > 0);
+        Wgmma<Features>::ss(d, panel(u + k * kPanel), operand(state + first * 256 + k * 2 * kStatePlane, kStatePlane, 128), k > 0);
     wgmma_commit();
 }
 template <int D, int Features, bool Reverse, int First>
@@ -160,7 +159,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
         #pragma unroll 1
         for (int turn = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4; turn < 2; turn += Groups) {
             const int half = half_of(turn, i);
-            const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 16, u = at + L::u + half * 1024;
+            const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 32, u = at + L::u + half * 2048;
             const bool work = half * 64 < valid;
             float dx[8] = {}, column[8] = {};        // column: forwards, of the last column, which is the gradient of den
             float2 products = {};                    // forwards, this lane's part of den grad_o . o for its two rows
@@ -189,10 +188,10 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                 for (int key = first; key < last; key += Keys) {
                     float x[Keys / 2], d[Keys / 2] = {};
                     wgmma_begin();
-                    Wgmma<Keys>::template rs<0>(x, own, operand(at + L::x + key * 16, kPlane, 128), 0);
+                    Wgmma<Keys>::template rs<0>(x, own, panel(at + L::x + key * 32), 0);
                     #pragma unroll
                     for (int k = 0; k < D / 16; ++k)
-                        Wgmma<Keys>::ss(d, operand(u + k * 2 * kPlane, kPlane, 128), operand(at + L::y + key * 16 + k * 2 * kPlane, kPlane, 128), 1);
+                        Wgmma<Keys>::ss(d, panel(u + k * kPanel), panel(at + L::y + key * 32 + k * kPanel), 1);
                     wgmma_commit();
                     wgmma_wait<0>();
                     // Of the first two tokens' gradients little is left, which would drown in the rounding of what cancels: their
@@ -233,7 +232,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                     wgmma_begin();
                     #pragma unroll
                     for (int k = 0; k < Keys / 16; ++k) {
-                        const uint64_t keys = operand(at + L::x + key * 16 + k * 256, 128, kPlane);
+                        const uint64_t keys = panel(at + L::x + key * 32 + k * 512);
                         Wgmma<16>::rs<1>(dx, a[k], keys, 1);
                         if (!Reverse) Wgmma<16>::rs<1>(column, b[k], keys, 1);
                     }
@@ -272,7 +271,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
 template <int D, bool Reverse>
 __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
     using L = typename Shape<D>::Tiles;
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const Shared<L> m{address(shared)};
     write_permutations(m.base + L::bytes);
     m.init(Shape<D>::Groups * 4, maps);
@@ -297,9 +296,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
 }
 
 template <int D> static int run(const TaylorArgs& p) {
-    constexpr int bytes = Shape<D>::Tiles::bytes + kPermutations;
-    static_assert(bytes <= 232448, "more shared memory than a block may have");
     const dim3 grid(p.slots, p.heads);
-    return launch_walk<typename Shape<D>::Tiles>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, bytes, p);
+    return launch_walk<typename Shape<D>::Tiles, kPermutations>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, p);
 }
 extern "C" int taylor_gradient(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kD>(*p)) }

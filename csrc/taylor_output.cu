@@ -18,7 +18,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
     const uint32_t triangle = causal_triangle<Reverse>();
     for (int i = 0; i < chunks; ++i) {
         const int begin = chunk_begin<Reverse>(s, i), valid = min(kChunk, s.length - begin), half = half_of(group, i), n = i - skipped;
-        const uint32_t at = m.stage(i), rows = at + L::r + (half * 64 + warp * 16) * 16;
+        const uint32_t at = m.stage(i), rows = at + L::r + (half * 64 + warp * 16) * 32;
         const bool work = half * 64 < valid;
         float acc[N / 2];
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
@@ -30,7 +30,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
             for (int block = from; block < last; ++block) {
                 float w[32];
                 wgmma_begin();
-                Wgmma<64>::rs<0>(w, own, operand(at + L::x + block * 1024, kPlane, 128), 0);
+                Wgmma<64>::rs<0>(w, own, panel(at + L::x + block * 2048), 0);
                 wgmma_commit();
                 wgmma_wait<0>();
                 #pragma unroll
@@ -53,7 +53,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
                 wgmma_begin();
                 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-                    Wgmma<N>::template rs<1>(acc, a[k], operand(at + L::y + block * 1024 + k * 256, 128, kPlane), k > 0 || block > from);
+                    Wgmma<N>::template rs<1>(acc, a[k], panel(at + L::y + block * 2048 + k * 512), k > 0 || block > from);
                 wgmma_commit();
                 wgmma_wait<0>();
             }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
 template <int W, bool Reverse>
 __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
     using L = Tiles<W>;
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
     m.init(kOutputWarps, maps);
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
 }
 
 template <int W> static int run(const TaylorArgs& p) {
-    constexpr int bytes = Tiles<W>::bytes + kOutputWarps * 16 * (W * 2 + 16);
+    constexpr int rows = kOutputWarps * 16 * (W * 2 + 16);
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
-    return launch_walk<Tiles<W>>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, bytes, p);
+    return launch_walk<Tiles<W>, rows>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, p);
 }
 extern "C" int taylor_output(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -4,12 +4,12 @@
 using namespace taylor;
 
 constexpr int kMakers = 256, kSegmentThreads = kStateWarps * 32 + kMakers + 32;
-template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 1, Exact ? 2 : 4, Exact ? 2 : 1, kMakers>;
+template <int W, bool Exact> using Tiles = Layout<W, 0, false, Exact ? 4 : 5, 0, Exact ? 2 : 4, Exact ? 2 : 1, kMakers>;
 
 template <int W, bool Exact, bool Reverse>
 __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
     using L = Tiles<W, Exact>;
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const Shared<L> m{address(shared)};
     const int parts = (p.head_dim + W - 1) / W, slot = blockIdx.x / parts, column = blockIdx.x % parts * W, head = blockIdx.y;
     m.init(0, maps);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 1) segment_state(const __grid
 template <int W, bool Exact> static int run(const TaylorArgs& p) {
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
     using L = Tiles<W, Exact>;
-    return launch_walk<L>(p.reverse ? segment_state<W, Exact, true> : segment_state<W, Exact, false>, grid, kSegmentThreads, L::bytes, p);
+    return launch_walk<L>(p.reverse ? segment_state<W, Exact, true> : segment_state<W, Exact, false>, grid, kSegmentThreads, p);
 }
 template <int W> static int run(const TaylorArgs& p) { return p.exact ? run<W, true>(p) : run<W, false>(p); }
 extern "C" int taylor_segment_state(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -1,6 +1,6 @@
 """Writes csrc/wgmma_sizes.h, one specialisation of Wgmma<N> a size: python csrc/wgmma_sizes.py > csrc/wgmma_sizes.h"""
 
-SIZES = (8, 16, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128)        # widths N of the right operand that the kernels use
+SIZES = (8, 16, 32, 48, 56, 64, 72, 80, 96, 112, 128)        # widths N of the right operand that the kernels use
 INSTRUCTION = "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16"
 
 HEADER = """// Written by csrc/wgmma_sizes.py. D += A B on the tensor cores, M = 64, K = 16, a specialisation a width N.
