@@ -44,10 +44,6 @@ __device__ __forceinline__ void expect_bytes(uint32_t bar, int bytes) {
 __device__ __forceinline__ void init(uint32_t bar, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
-// An operand whose rows are 128 swizzled bytes along K.
-__device__ __forceinline__ uint64_t swizzled(uint32_t at) {
-    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
 __device__ __forceinline__ void everyone_of_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -166,7 +162,7 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
             taylor::wgmma_begin();
             #pragma unroll
             for (int k = 0; k < kChunk / 16; ++k)
-                taylor::Wgmma<N>::ss(sum, swizzled(w + k * 32), swizzled(in + k * 32), c > 0 || k > 0);
+                taylor::Wgmma<N>::ss(sum, taylor::swizzled(w + k * 32), taylor::swizzled(in + k * 32), c > 0 || k > 0);
             taylor::wgmma_commit();
             taylor::wgmma_wait<1>();
             if (c > 0) taylor::warp_arrive(empty + (c - 1) % p.stages * 8);

@@ -11,14 +11,6 @@ namespace taylor {
 __device__ __forceinline__ uint32_t address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // ---------------------------------------------------------------------------------------------------- copies
-// The first `bytes` of 16, zeros for the others.
-__device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Pending> __device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
 // A box of a tensor to shared memory, counted at a barrier whole, also where it reaches beyond the tensor, which reads zeros.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int a, int b, int c) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
@@ -129,6 +121,11 @@ template <int Count> __device__ __forceinline__ void registers_up() {
 // along K and along the other dimension. The 16-byte rows run along K, or along N where the product is told Trans = 1.
 __device__ __forceinline__ uint64_t operand(uint32_t at, int k_distance, int other_distance) {
     return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(k_distance >> 4) << 16 | (uint64_t)(other_distance >> 4) << 32;
+}
+// Operand in shared memory made of rows of 128 bytes as a swizzled box leaves them, 8 rows in 1024 aligned bytes. The rows run
+// along K, 32 bytes a product, or along N where the product is told Trans = 1: then `panel` bytes from 64 columns to the next 64.
+__device__ __forceinline__ uint64_t swizzled(uint32_t at, int panel = 16) {
+    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
 }
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -1,6 +1,7 @@
 // Shared by the sliding-window attention's kernels. A block walks along a strip of one head: tiles of 64 tokens pass through
-// a ring in shared memory, where two warpgroups that only load put them, rotated (RoPE), and two others multiply them with tiles
-// of their own, 64 rows each. So every row is read and rotated once a strip, and only the last `window` rows are kept.
+// a ring in shared memory. One warp has them copied there by the tensor memory accelerator, a warpgroup rotates (RoPE) what lies
+// there, and two others multiply it with tiles of their own, 64 rows each. So every row is read and rotated once a strip, and only
+// the last `window` rows are kept.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -11,10 +12,12 @@ namespace window_attention {
 using namespace taylor;
 using bf16 = __nv_bfloat16;
 
-constexpr int kRows = 64, kPlane = kRows * 16;       // a tile is planes of 8 columns, 16 bytes a row: what wgmma reads unswizzled
-template <int D> constexpr int kTile = D / 8 * kPlane;
-constexpr int kLoaders = 256, kGroups = 2, kThreads = kLoaders + kGroups * 128;     // threads that load; warpgroups that multiply
-constexpr int kMaxShared = 232448;
+constexpr int kRows = 64, kPanel = kRows * 128;      // a tile is panels of 64 columns, swizzled; columns past the width are zeros
+template <int D> constexpr int kPanels = (D + 63) / 64;
+template <int D> constexpr int kTile = kPanels<D> * kPanel;
+constexpr int kGroups = 2, kRotators = 4, kThreads = 256 + kGroups * 128;           // warpgroups that multiply; warps that rotate
+constexpr int kLoaderRegisters = 24, kRotatorRegisters = 104, kRegisters = 192;     // of a thread, of the 128 that all begin with
+constexpr int kMaxShared = 232448, kMaxReach = 4;    // kMaxReach: window 256
 constexpr float kLog2e = 1.4426950408889634f;
 
 // How the tiles of a strip pass. Own tile s meets the ring's tiles first(s) .. last(s): those up to itself (keys of queries) or,
@@ -29,7 +32,6 @@ struct Slots {                                        // tile i lies in slot i m
 struct Plan {
     int tiles, reach, strip, strips;                  // tiles of a sequence; of a window beyond the own one; of a strip; strips
     Slots ring, own;
-    int ahead;                                        // tiles asked for before one is finished
 };
 template <bool Ahead> struct Walk {
     int begin, end, lag, start, count;                // own tiles begin .. end - 1; the ring's `count` tiles from `start` on
@@ -49,6 +51,9 @@ template <bool Ahead> struct Walk {
 template <int D, int Owned> struct Shared {
     uint32_t base, stats, barriers;
     Slots ring, own;
+    __host__ __device__ static constexpr int bytes(int ring, int own, int rows) {
+        return (2 * ring + Owned * own) * kTile<D> + rows * kRows * 8 + (3 * ring + own) * 8;
+    }
     __device__ __forceinline__ Shared(uint32_t at, const Plan& p, int rows) : base(at), ring(p.ring), own(p.own) {
         stats = base + (2 * ring.count + Owned * own.count) * kTile<D>;
         barriers = stats + rows * kRows * 8;
@@ -56,60 +61,97 @@ template <int D, int Owned> struct Shared {
     __device__ __forceinline__ uint32_t slot(int i) const { return base + ring.of(i) * 2 * kTile<D>; }
     __device__ __forceinline__ uint32_t tile(int s) const { return base + (2 * ring.count + own.of(s) * Owned) * kTile<D>; }
     __device__ __forceinline__ uint32_t row_stats(int slot) const { return stats + slot * kRows * 8; }
-    __device__ __forceinline__ uint32_t full(int i) const { return barriers + ring.of(i) * 8; }
-    __device__ __forceinline__ uint32_t empty(int i) const { return barriers + (ring.count + ring.of(i)) * 8; }
-    __device__ __forceinline__ uint32_t free(int s) const { return barriers + (2 * ring.count + own.of(s)) * 8; }
+    // A slot's tiles and the own tile beside them have come, are rotated; the slot is empty; the own tile's place is free.
+    __device__ __forceinline__ uint32_t come(int i) const { return barriers + ring.of(i) * 8; }
+    __device__ __forceinline__ uint32_t full(int i) const { return barriers + (ring.count + ring.of(i)) * 8; }
+    __device__ __forceinline__ uint32_t empty(int i) const { return barriers + (2 * ring.count + ring.of(i)) * 8; }
+    __device__ __forceinline__ uint32_t free(int s) const { return barriers + (3 * ring.count + own.of(s)) * 8; }
     __device__ __forceinline__ void init() const {
         if (threadIdx.x == 0) {
-            for (int i = 0; i < ring.count; ++i) { barrier_init(full(i), kLoaders / 32); barrier_init(empty(i), kGroups * 4); }
+            for (int i = 0; i < ring.count; ++i) {
+                barrier_init(come(i), 1);
+                barrier_init(full(i), kRotators);
+                barrier_init(empty(i), kGroups * 4);
+            }
             for (int i = 0; i < own.count; ++i) barrier_init(free(i), 4);
+            barriers_ready();
         }
         __syncthreads();
     }
 };
 
-// ---------------------------------------------------------------------------------------------------- the loading warpgroups
-// Warp w has rows 8 w .. 8 w + 7 of a tile. Eight lanes have eight rows of 16 bytes, which lie side by side in shared memory;
-// four times eight have 64 bytes of a row of device memory.
-__device__ __forceinline__ int loader_row() { return threadIdx.x / 32 * 8 + (threadIdx.x & 7); }
-__device__ __forceinline__ int first_vector() { return threadIdx.x >> 3 & 3; }
-
-// 64 rows from token `first` on; zeros behind the sequence's end.
-template <int D> __device__ __forceinline__ void copy_tile(uint32_t to, const bf16* from, int64_t pitch, int first, int seq) {
-    const int token = first + loader_row(), bytes = token < seq ? 16 : 0;
-    const bf16* source = from + min(token, seq - 1) * pitch + first_vector() * 8;
-    to += first_vector() * kPlane + loader_row() * 16;
+// ---------------------------------------------------------------------------------------------------- the warp that loads
+// ask(i, bar) has what index i needs copied, counted at bar: ring tile start + i and own tile start + i - lag, where there are such.
+template <bool Ahead, typename S, typename A> __device__ __forceinline__ void load(const Walk<Ahead>& w, const S& m, A ask) {
+    #pragma unroll 1
+    for (int i = 0; i < w.count; ++i) {
+        const int s = w.start + i - w.lag - w.begin;
+        if (i >= m.ring.count) barrier_wait(m.empty(i), m.ring.turn(i) - 1 & 1);
+        if (s >= m.own.count) barrier_wait(m.free(s), m.own.turn(s) - 1 & 1);
+        ask(i, m.come(i));
+        warp_arrive(m.come(i));
+    }
+}
+// Rows of one head, of q, k or v (`part`), 64 from token `first` on; zeros behind the sequence's end.
+struct Head {
+    int index, batch;
+};
+template <int D>
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, uint32_t bar, int part, int first, const Head& head) {
+    if ((threadIdx.x & 31) != 0) return;
+    barrier_expect(bar, kTile<D>);
     #pragma unroll
-    for (int j = 0; j < (D + 31) / 32; ++j)
-        if (first_vector() + 4 * j < D / 8) copy16_or_zero(to + j * 4 * kPlane, source + j * 32, bytes);
+    for (int j = 0; j < kPanels<D>; ++j) copy_box(to + j * kPanel, map, bar, j * 64, first, part, head.index, head.batch);
 }
 // Rows of o on their way to the L2 cache, for `Outputs`.
 template <int D> __device__ __forceinline__ void prefetch_tile(const bf16* from, int64_t pitch, int first, int seq) {
-    const int token = first + loader_row();
-    if (first_vector() * 32 < D && token < seq) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + token * pitch + first_vector() * 32));
+    for (int token = first + (threadIdx.x & 31); token < min(first + kRows, seq); token += 32)
+        #pragma unroll
+        for (int j = 0; j < kPanels<D>; ++j) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + token * pitch + j * 64));
 }
+
+// ---------------------------------------------------------------------------------------------------- the warps that rotate
+// finish(i) rotates what has come for index i.
+template <bool Ahead, typename S, typename F> __device__ __forceinline__ void rotate(const Walk<Ahead>& w, const S& m, F finish) {
+    #pragma unroll 1
+    for (int i = 0; i < w.count; ++i) {
+        barrier_wait(m.come(i), m.ring.turn(i) & 1);
+        finish(i);
+        fence_for_tensor_cores();
+        warp_arrive(m.full(i));
+    }
+}
+// A warp has 16 rows of a tile, eight and eight. Eight lanes have eight rows of 16 bytes, in all banks of shared memory; four times
+// eight have 64 bytes of a row of device memory.
+constexpr int kPasses = kRows / kRotators / 8;
+__device__ __forceinline__ int rotator_row(int pass) { return (threadIdx.x / 32 % kRotators * kPasses + pass) * 8 + (threadIdx.x & 7); }
+__device__ __forceinline__ int first_vector() { return threadIdx.x >> 3 & 3; }
+// Where 16 bytes of a row lie in a tile.
+__device__ __forceinline__ int place(int row, int vector) { return vector / 8 * kPanel + row * 128 + ((vector ^ row) & 7) * 16; }
+
 // What a lane needs of device memory to finish a tile, in registers before the tile is there. Angles turn pairs (i, i + D / 2)
 // of every row in place (Su et al. 2021, half-split layout).
 __device__ __forceinline__ float2 widen(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
 template <int D> struct Angles {
     static constexpr int N = (D + 63) / 64;
-    uint4 table[N][2];
-    __device__ __forceinline__ Angles(const void* rotation, int first, int seq) {
-        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)max(min(first + loader_row(), seq - 1), 0) * (D / 2));
+    uint4 table[kPasses][N][2];
+    __device__ __forceinline__ void read(int pass, const void* rotation, int first, int seq) {
+        const int token = max(min(first + rotator_row(pass), seq - 1), 0);
+        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __half2*>(rotation) + (int64_t)token * (D / 2));
         #pragma unroll
         for (int j = 0; j < N; ++j) {
             const int vector = min(first_vector() + 4 * j, D / 16 - 1);
-            table[j][0] = __ldg(from + vector * 2);
-            table[j][1] = __ldg(from + vector * 2 + 1);
+            table[pass][j][0] = __ldg(from + vector * 2);
+            table[pass][j][1] = __ldg(from + vector * 2 + 1);
         }
     }
-    __device__ __forceinline__ void turn(uint32_t at) const {
+    __device__ __forceinline__ void turn(int pass, uint32_t at) const {
         #pragma unroll
         for (int j = 0; j < N; ++j) {
             const int vector = first_vector() + 4 * j;
             if (vector >= D / 16) continue;
-            const uint32_t low_at = at + vector * kPlane + loader_row() * 16, high_at = low_at + D / 16 * kPlane;
-            const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = table[j][0], t1 = table[j][1];
+            const uint32_t low_at = at + place(rotator_row(pass), vector), high_at = at + place(rotator_row(pass), vector + D / 16);
+            const uint4 a = load_shared_vector(low_at), b = load_shared_vector(high_at), t0 = table[pass][j][0], t1 = table[pass][j][1];
             const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w}, t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
             uint32_t u[4], v[4];
             #pragma unroll
@@ -126,57 +168,39 @@ template <int D> struct Angles {
 // Rows of o and lse, and {lse, grad_o . o} of every row to `to`; behind the end {inf, 0}: no weight.
 template <int D> struct Outputs {
     static constexpr int N = (D + 31) / 32;
-    uint4 o[N];
-    float sum;
+    uint4 o[kPasses][N];
+    float sum[kPasses];
     __device__ __forceinline__ Outputs(const bf16* from, int64_t pitch, const float* lse, int first, int seq) {
-        const int token = first + loader_row(), inside = min(token, seq - 1);
-        const uint4* vectors = reinterpret_cast<const uint4*>(from + inside * pitch);
         #pragma unroll
-        for (int j = 0; j < N; ++j) o[j] = __ldg(vectors + min(first_vector() + 4 * j, D / 8 - 1));
-        sum = token < seq ? __ldg(lse + inside) : INFINITY;
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int token = first + rotator_row(pass), inside = max(min(token, seq - 1), 0);
+            const uint4* vectors = reinterpret_cast<const uint4*>(from + inside * pitch);
+            #pragma unroll
+            for (int j = 0; j < N; ++j) o[pass][j] = __ldg(vectors + min(first_vector() + 4 * j, D / 8 - 1));
+            sum[pass] = token < seq ? __ldg(lse + inside) : INFINITY;
+        }
     }
     __device__ __forceinline__ void dot(uint32_t to, uint32_t grad) const {
-        float dot = 0.f;
         #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const int vector = first_vector() + 4 * j;
-            if (vector >= D / 8) continue;
-            const uint4 a = load_shared_vector(grad + vector * kPlane + loader_row() * 16), b = o[j];
-            dot += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
-                 + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
-        }
-        dot += __shfl_xor_sync(~0u, dot, 8);
-        dot += __shfl_xor_sync(~0u, dot, 16);
-        if (first_vector() == 0) {
-            store_shared(to + loader_row() * 8, __float_as_uint(sum));
-            store_shared(to + loader_row() * 8 + 4, __float_as_uint(dot));
+        for (int pass = 0; pass < kPasses; ++pass) {
+            float dot = 0.f;
+            #pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const int vector = first_vector() + 4 * j;
+                if (vector >= D / 8) continue;
+                const uint4 a = load_shared_vector(grad + place(rotator_row(pass), vector)), b = o[pass][j];
+                dot += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y)
+                     + low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
+            }
+            dot += __shfl_xor_sync(~0u, dot, 8);
+            dot += __shfl_xor_sync(~0u, dot, 16);
+            if (first_vector() == 0) {
+                store_shared(to + rotator_row(pass) * 8, __float_as_uint(sum[pass]));
+                store_shared(to + rotator_row(pass) * 8 + 4, __float_as_uint(dot));
+            }
         }
     }
 };
-
-// Until the oldest copies but `ahead` tiles of this warp are there.
-__device__ __forceinline__ void wait_for_copies(int ahead) {
-    if (ahead) copies_wait<1>(); else copies_wait<0>();
-    __syncwarp();
-}
-// ask(i) copies what index i needs; finish(i) waits for it and rotates it. Index i holds ring tile start + i and own tile
-// start + i - lag, where there are such.
-template <bool Ahead, typename S, typename A, typename F>
-__device__ __forceinline__ void load(const Walk<Ahead>& w, const S& m, A ask, F finish) {
-    for (int i = 0; i < w.count + w.plan.ahead; ++i) {
-        if (i < w.count) {
-            const int s = w.start + i - w.lag - w.begin;
-            if (i >= m.ring.count) barrier_wait(m.empty(i), m.ring.turn(i) - 1 & 1);
-            if (s >= m.own.count) barrier_wait(m.free(s), m.own.turn(s) - 1 & 1);
-            ask(i);
-        }
-        copies_commit();
-        if (i < w.plan.ahead) continue;
-        finish(i - w.plan.ahead);
-        fence_for_tensor_cores();
-        warp_arrive(m.full(i - w.plan.ahead));
-    }
-}
 
 // ---------------------------------------------------------------------------------------------------- the multiplying warpgroups
 // What a warpgroup knows of the ring: tiles before `released` it has handed back.
@@ -249,12 +273,12 @@ template <int M> __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], 
 template <int D, int N> __device__ __forceinline__ void multiply_rows(float (&x)[N / 2], uint32_t a, uint32_t b) {
     #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-        Wgmma<N>::ss(x, operand(a + k * 2 * kPlane, kPlane, 128), operand(b + k * 2 * kPlane, kPlane, 128), k > 0);
+        Wgmma<N>::ss(x, swizzled(a + k / 4 * kPanel + k % 4 * 32), swizzled(b + k / 4 * kPanel + k % 4 * 32), k > 0);
 }
 // x (+)= A B, A of 16 N columns in registers, B as many rows of a tile from address b on.
 template <int D, int N> __device__ __forceinline__ void multiply_columns(float (&x)[D / 2], const uint32_t (&a)[N][4], uint32_t b, bool add) {
     #pragma unroll
-    for (int k = 0; k < N; ++k) Wgmma<D>::template rs<1>(x, a[k], operand(b + k * 256, 128, kPlane), add || k > 0);
+    for (int k = 0; k < N; ++k) Wgmma<D>::template rs<1>(x, a[k], swizzled(b + k * 2048, kPanel), add || k > 0);
 }
 
 // Rows g and g + 8 of a warp's 16, of which `first_row` is the thread's first, times `factor` as bf16; eight bytes of a sector
@@ -296,6 +320,14 @@ template <int D> __device__ __forceinline__ void rotate_back(float (&x)[D / 2], 
 }
 
 // ---------------------------------------------------------------------------------------------------- host
+// Rows [seq, batch, heads, parts, head_dim], strides in elements of the first three and of the parts.
+template <int D>
+inline bool make_rows(CUtensorMap* map, const WindowAttentionArgs& a, const void* rows, const int64_t* stride, int parts, int64_t part) {
+    auto size = [](int64_t n) { return (cuuint64_t)n; };
+    return make_map<5>(map, rows, {D, size(a.seq), size(parts), size(a.heads), size(a.batch)},
+                       {size(stride[0] * 2), size(part * 2), size(stride[2] * 2), size(stride[1] * 2)}, {64, kRows, 1, 1, 1},
+                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
 // Slots that fit in shared memory, as many as are of use; strips such that blocks fill the multiprocessors evenly.
 // bytes(ring, own): of shared memory.
 template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int roles, B bytes) {
@@ -304,13 +336,11 @@ template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int ro
     p.reach = (a.window + kRows - 2) / kRows;
     if (p.reach > p.tiles - 1) p.reach = p.tiles - 1;
     const auto fits = [&](int ring, int own) { return bytes(ring, own) <= kMaxShared; };
-    p.ahead = fits(p.reach + 2, 2) ? 1 : 0;
-    int ring = p.reach + 1 + p.ahead, own = 2;
-    if (ring < 2) ring = 2;
+    int ring = p.reach < 1 ? 2 : p.reach + 1, own = 2;
     for (bool grown = true; grown;) {
         grown = false;
-        if (own < 2 * kGroups && fits(ring, own + 1)) { ++own; grown = true; }
         if (ring < p.reach + 1 + 2 * kGroups && fits(ring + 1, own)) { ++ring; grown = true; }
+        if (own < 2 * kGroups && fits(ring, own + 1)) { ++own; grown = true; }
     }
     p.ring = Slots(ring);
     p.own = Slots(own);
@@ -326,10 +356,10 @@ template <typename B> inline Plan make_plan(const WindowAttentionArgs& a, int ro
     }
     return p;
 }
-template <typename F> inline int launch(F* kernel, const WindowAttentionArgs& a, const Plan& p, int roles, int bytes) {
+template <typename F, typename M> inline int launch(F* kernel, const WindowAttentionArgs& a, const Plan& p, const M& maps, int roles, int bytes) {
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return (int)e;
-    kernel<<<(unsigned)((int64_t)a.batch * a.heads * p.strips * roles), kThreads, bytes, (cudaStream_t)a.stream>>>(a, p);
+    kernel<<<(unsigned)((int64_t)a.batch * a.heads * p.strips * roles), kThreads, bytes, (cudaStream_t)a.stream>>>(a, p, maps);
     return (int)cudaGetLastError();
 }
 

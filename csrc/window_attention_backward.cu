@@ -7,56 +7,71 @@
 
 namespace window_attention {
 
-constexpr int kLoaderRegisters = 56, kRegisters = 200;                 // of a thread, of the 128 that all begin with
 template <int D> constexpr int kColumns = D <= 96 ? 64 : 32;           // of the scores at a time, as registers allow
 
+struct Maps {
+    CUtensorMap qkv, grad;
+};
 struct Pointers {
-    const bf16 *q, *k, *v, *grad, *o;
+    const bf16* o;
     const float* lse;
     bf16* dq;
     int64_t out;                                                       // elements from token to token of o
 };
 
 template <int D, bool Keys>
-__device__ __forceinline__ void load_strip(const WindowAttentionArgs& a, const Walk<Keys>& w, const Shared<D, 2>& m, const Pointers& p) {
-    load(w, m, [&](int i) {
-        const int u = w.start + i, s = u - w.lag, token = u * kRows;
-        if (u < w.plan.tiles) {
-            copy_tile<D>(m.slot(i), Keys ? p.q : p.k, a.stride[0], token, a.seq);
-            copy_tile<D>(m.slot(i) + kTile<D>, Keys ? p.grad : p.v, Keys ? a.grad_stride[0] : a.stride[0], token, a.seq);
-            if (Keys) prefetch_tile<D>(p.o, p.out, token, a.seq);
-        }
-        if (s >= w.begin) {
-            copy_tile<D>(m.tile(s - w.begin), Keys ? p.k : p.q, a.stride[0], s * kRows, a.seq);
-            copy_tile<D>(m.tile(s - w.begin) + kTile<D>, Keys ? p.v : p.grad, Keys ? a.stride[0] : a.grad_stride[0], s * kRows, a.seq);
-            if (!Keys) prefetch_tile<D>(p.o, p.out, s * kRows, a.seq);
-        }
-    }, [&](int i) {
-        const int u = w.start + i, s = u - w.lag, row = Keys ? u : s;
-        const bool ring = u < w.plan.tiles, own = s >= w.begin;
-        const Angles<D> early(a.rotation, u * kRows, a.seq), early_own(a.rotation, s * kRows, a.seq);
-        const Outputs<D> outputs(p.o, p.out, p.lse, row * kRows, a.seq);
-        wait_for_copies(w.plan.ahead);
-        if (Keys ? ring : own) {
-            if (Keys) outputs.dot(m.row_stats(m.ring.of(i)), m.slot(i) + kTile<D>);
-            else outputs.dot(m.row_stats(m.own.of(s - w.begin)), m.tile(s - w.begin) + kTile<D>);
-        }
-        const Angles<D> angles = D <= 64 ? early : Angles<D>(a.rotation, u * kRows, a.seq);     // there are registers, or not
-        if (ring) angles.turn(m.slot(i));
-        if (own) {
-            const Angles<D> angles_own = !Keys ? angles : D <= 64 ? early_own : Angles<D>(a.rotation, s * kRows, a.seq);
-            angles_own.turn(m.tile(s - w.begin));
-        }
+__device__ __forceinline__ void load_strip(const WindowAttentionArgs& a, const Walk<Keys>& w, const Shared<D, 2>& m, const Maps& maps, const Pointers& p,
+                                           const Head& head) {
+    load(w, m, [&](int i, uint32_t bar) {
+        const int u = w.start + i, s = u - w.lag;
+        const auto queries = [&](uint32_t to, int tile) {
+            copy_tile<D>(to, &maps.qkv, bar, 0, tile * kRows, head);
+            copy_tile<D>(to + kTile<D>, &maps.grad, bar, 0, tile * kRows, head);
+            prefetch_tile<D>(p.o, p.out, tile * kRows, a.seq);
+        };
+        const auto keys = [&](uint32_t to, int tile) {
+            copy_tile<D>(to, &maps.qkv, bar, 1, tile * kRows, head);
+            copy_tile<D>(to + kTile<D>, &maps.qkv, bar, 2, tile * kRows, head);
+        };
+        if (u < w.plan.tiles) { if (Keys) queries(m.slot(i), u); else keys(m.slot(i), u); }
+        if (s >= w.begin) { if (Keys) keys(m.tile(s - w.begin), s); else queries(m.tile(s - w.begin), s); }
     });
 }
 
 template <int D, bool Keys>
-__device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, const Walk<Keys>& w, const Shared<D, 2>& m, const Pointers& to) {
+__device__ __forceinline__ void rotate_strip(const WindowAttentionArgs& a, const Walk<Keys>& w, const Shared<D, 2>& m, const Pointers& p) {
+    Angles<D> angles, angles_own;
+    #pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) angles.read(pass, a.rotation, w.start * kRows, a.seq);
+    Outputs<D> outputs(p.o, p.out, p.lse, w.start * kRows, a.seq);     // queries are the ring's tiles, or own ones with lag 0
+    rotate(w, m, [&](int i) {
+        const int u = w.start + i, s = u - w.lag;
+        const bool ring = u < w.plan.tiles, own = s >= w.begin;
+        if (Keys ? ring : own) {
+            if (Keys) outputs.dot(m.row_stats(m.ring.of(i)), m.slot(i) + kTile<D>);
+            else outputs.dot(m.row_stats(m.own.of(s - w.begin)), m.tile(s - w.begin) + kTile<D>);
+        }
+        #pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            if (Keys) angles_own.read(pass, a.rotation, s * kRows, a.seq);
+            if (ring) angles.turn(pass, m.slot(i));
+        }
+        #pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            if (own) (Keys ? angles_own : angles).turn(pass, m.tile(s - w.begin));
+            angles.read(pass, a.rotation, (u + 1) * kRows, a.seq);
+        }
+        outputs = Outputs<D>(p.o, p.out, p.lse, (u + 1) * kRows, a.seq);
+    });
+}
+
+template <int D, bool Keys>
+__device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, const Walk<Keys>& w, const Shared<D, 2>& m, const Pointers& to, int group) {
     constexpr int N = kColumns<D>, kParts = kRows / N;
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const float scale = a.scale * kLog2e;
     Consumer<Keys, Shared<D, 2>> ring(w, m);
-    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - kLoaders / 128; s < w.end; s += kGroups) {
+    for (int s = w.begin + group; s < w.end; s += kGroups) {
         const int row = s * kRows + warp * 16 + (lane >> 2);
         const Seen<Keys> seen(a, row);
         const uint32_t own = m.tile(s - w.begin);
@@ -71,7 +86,7 @@ __device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, con
         #pragma unroll 1
         for (int v = from * kParts; v < (last + 1) * kParts; ++v) {
             const int u = v / kParts, first = v % kParts * N;
-            const uint32_t slot = ring.slot(u) + first * 16;
+            const uint32_t slot = ring.slot(u) + first * 128;
             const uint32_t stats_at = m.row_stats(m.ring.of(u - w.start));
             float x[N / 2], y[N / 2];
             wgmma_begin();
@@ -115,37 +130,46 @@ __device__ __forceinline__ void make_gradients(const WindowAttentionArgs& a, con
     }
 }
 
+template <int D, bool Keys>
+__device__ __forceinline__ void walk_strip(const WindowAttentionArgs& a, const Walk<Keys>& w, const Shared<D, 2>& m, const Maps& maps, const Pointers& p,
+                                           const Head& head) {
+    const int role = __shfl_sync(~0u, threadIdx.x >> 7, 0);
+    if (role == 0) {
+        registers_down<kLoaderRegisters>();
+        if (threadIdx.x < 32) load_strip<D, Keys>(a, w, m, maps, p, head);
+    } else if (role == 1) {
+        registers_down<kRotatorRegisters>();
+        rotate_strip<D, Keys>(a, w, m, p);
+    } else {
+        registers_up<kRegisters>();
+        make_gradients<D, Keys>(a, w, m, p, role - 2);
+    }
+}
 template <int D> __global__ void __launch_bounds__(kThreads, 1)
-backward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan) {
-    extern __shared__ __align__(128) char shared[];
+backward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan, const __grid_constant__ Maps maps) {
+    extern __shared__ __align__(1024) char shared[];
     const bool keys = blockIdx.x & 1;
-    const int strip = blockIdx.x / 2 % plan.strips, index = blockIdx.x / 2 / plan.strips, head = index % a.heads, batch = index / a.heads;
+    const int strip = blockIdx.x / 2 % plan.strips, index = blockIdx.x / 2 / plan.strips;
+    const Head head{index % a.heads, index / a.heads};
     const Shared<D, 2> m(address(shared), plan, keys ? plan.ring.count : plan.own.count);
     Pointers p;
-    p.q = static_cast<const bf16*>(a.qkv) + batch * a.stride[1] + head * a.stride[2];
-    p.k = p.q + a.stride[3];
-    p.v = p.k + a.stride[3];
-    p.grad = static_cast<const bf16*>(a.grad_o) + batch * a.grad_stride[1] + head * a.grad_stride[2];
     p.o = static_cast<const bf16*>(a.o) + (int64_t)index * D;
     p.lse = a.lse + (int64_t)index * a.seq;
     p.dq = static_cast<bf16*>(a.dqkv) + (int64_t)index * 3 * D;
     p.out = (int64_t)a.batch * a.heads * D;
     m.init();
-    if (threadIdx.x < kLoaders) {
-        registers_down<kLoaderRegisters>();
-        if (keys) load_strip<D, true>(a, Walk<true>(plan, strip), m, p);
-        else load_strip<D, false>(a, Walk<false>(plan, strip), m, p);
-    } else {
-        registers_up<kRegisters>();
-        if (keys) make_gradients<D, true>(a, Walk<true>(plan, strip), m, p);
-        else make_gradients<D, false>(a, Walk<false>(plan, strip), m, p);
-    }
+    if (keys) walk_strip<D, true>(a, Walk<true>(plan, strip), m, maps, p, head);
+    else walk_strip<D, false>(a, Walk<false>(plan, strip), m, maps, p, head);
 }
 
 template <int D> int backward(const WindowAttentionArgs& a) {
-    const auto bytes = [](int ring, int own) { return 2 * (ring + own) * kTile<D> + (ring > own ? ring : own) * kRows * 8 + (2 * ring + own) * 8; };
+    const auto bytes = [](int ring, int own) { return Shared<D, 2>::bytes(ring, own, ring > own ? ring : own); };
+    static_assert(Shared<D, 2>::bytes(kMaxReach + 1, 2, kMaxReach + 1) <= kMaxShared);
     const Plan p = make_plan(a, 2, bytes);
-    return launch(backward_kernel<D>, a, p, 2, bytes(p.ring.count, p.own.count));
+    Maps maps;
+    if (!make_rows<D>(&maps.qkv, a, a.qkv, a.stride, 3, a.stride[3]) || !make_rows<D>(&maps.grad, a, a.grad_o, a.grad_stride, 1, D))
+        return cudaErrorInvalidValue;
+    return launch(backward_kernel<D>, a, p, maps, 2, bytes(p.ring.count, p.own.count));
 }
 
 }  // namespace window_attention

@@ -5,29 +5,38 @@
 
 namespace window_attention {
 
-constexpr int kLoaderRegisters = 72, kRegisters = 184;    // of a thread, of the 128 that all begin with
-
-template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan) {
-    extern __shared__ __align__(128) char shared[];
+template <int D> __global__ void __launch_bounds__(kThreads, 1)
+forward_kernel(const __grid_constant__ WindowAttentionArgs a, const __grid_constant__ Plan plan, const __grid_constant__ CUtensorMap qkv) {
+    extern __shared__ __align__(1024) char shared[];
     const Shared<D, 1> m(address(shared), plan, 0);
     const Walk<false> w(plan, blockIdx.x % plan.strips);
     const int head = blockIdx.x / plan.strips % a.heads, batch = blockIdx.x / plan.strips / a.heads;
-    const bf16* q = static_cast<const bf16*>(a.qkv) + batch * a.stride[1] + head * a.stride[2];
-    const bf16 *k = q + a.stride[3], *v = k + a.stride[3];
+    const int role = __shfl_sync(~0u, threadIdx.x >> 7, 0);
     m.init();
-    if (threadIdx.x < kLoaders) {
+    if (role == 0) {
         registers_down<kLoaderRegisters>();
-        load(w, m, [&](int i) {
+        if (threadIdx.x >= 32) return;
+        load(w, m, [&](int i, uint32_t bar) {
             const int u = w.start + i, token = u * kRows;
-            copy_tile<D>(m.slot(i), k, a.stride[0], token, a.seq);
-            copy_tile<D>(m.slot(i) + kTile<D>, v, a.stride[0], token, a.seq);
-            if (u >= w.begin) copy_tile<D>(m.tile(u - w.begin), q, a.stride[0], token, a.seq);
-        }, [&](int i) {
+            copy_tile<D>(m.slot(i), &qkv, bar, 1, token, {head, batch});
+            if (u >= w.begin) copy_tile<D>(m.tile(u - w.begin), &qkv, bar, 0, token, {head, batch});
+            copy_tile<D>(m.slot(i) + kTile<D>, &qkv, bar, 2, token, {head, batch});
+        });
+        return;
+    }
+    if (role == 1) {
+        registers_down<kRotatorRegisters>();
+        Angles<D> angles;
+        #pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) angles.read(pass, a.rotation, w.start * kRows, a.seq);
+        rotate(w, m, [&](int i) {
             const int u = w.start + i;
-            const Angles<D> angles(a.rotation, u * kRows, a.seq);
-            wait_for_copies(plan.ahead);
-            angles.turn(m.slot(i));
-            if (u >= w.begin) angles.turn(m.tile(u - w.begin));
+            #pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass) {
+                angles.turn(pass, m.slot(i));
+                if (u >= w.begin) angles.turn(pass, m.tile(u - w.begin));
+                angles.read(pass, a.rotation, (u + 1) * kRows, a.seq);
+            }
         });
         return;
     }
@@ -35,7 +44,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const float scale = a.scale * kLog2e;
     Consumer<false, Shared<D, 1>> ring(w, m);
-    for (int s = w.begin + __shfl_sync(~0u, threadIdx.x >> 7, 0) - kLoaders / 128; s < w.end; s += kGroups) {
+    for (int s = w.begin + role - 2; s < w.end; s += kGroups) {
         const int row = s * kRows + warp * 16 + (lane >> 2);
         const Seen<false> seen(a, row);
         float o[D / 2], peak[2] = {-1e30f, -1e30f}, sum[2] = {0.f, 0.f};
@@ -97,9 +106,12 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) forward_kernel(c
 }
 
 template <int D> int forward(const WindowAttentionArgs& a) {
-    const auto bytes = [](int ring, int own) { return (2 * ring + own) * kTile<D> + (2 * ring + own) * 8; };
+    static_assert(Shared<D, 1>::bytes(kMaxReach + 1, 2, 0) <= kMaxShared);
+    const auto bytes = [](int ring, int own) { return Shared<D, 1>::bytes(ring, own, 0); };
     const Plan p = make_plan(a, 1, bytes);
-    return launch(forward_kernel<D>, a, p, 1, bytes(p.ring.count, p.own.count));
+    CUtensorMap qkv;
+    if (!make_rows<D>(&qkv, a, a.qkv, a.stride, 3, a.stride[3])) return cudaErrorInvalidValue;
+    return launch(forward_kernel<D>, a, p, qkv, 1, bytes(p.ring.count, p.own.count));
 }
 
 }  // namespace window_attention
