@@ -328,7 +328,6 @@ template <int N, bool Reverse> struct State {
 
     // The weighted state as bf16 operand; `last`: its last column also in fp32.
     __device__ __forceinline__ void publish(uint32_t to, uint32_t last, float scale) const {
-        if (tile() >= kTiles) return;
         const int lane = threadIdx.x & 31;
         const float w0 = row_weight(row(), scale), w1 = row_weight(row() + 8, scale);
         const uint32_t at = to + tile() * 256 + (lane & 15) * 16;       // lanes 16-31: the second column tile of a pair
@@ -398,11 +397,10 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;      // no state before the first chunk
     for (int i = 0; i < chunks; ++i) {
         const int n = i - skipped, begin = chunk_begin<Reverse>(s, i);
-        if (n >= 0) {
+        if (n >= 0 && state.tile() < kTiles) {       // warps without a tile are not waited for, and could miss a release
             if (n >= L::Published) barrier_wait(m.released(n), Shared<L>::state_parity(n - L::Published));
             state.publish(m.state(n), m.state(n) + L::last, p.scale);
-            __syncwarp();
-            if (state.tile() < kTiles) warp_arrive(m.published(n));
+            warp_arrive(m.published(n));
         }
         if (p.boundaries && at_boundary(begin))
             state.store(p, p.boundaries, slot * ((s.length + p.boundary - 1) / p.boundary) + begin / p.boundary, head, column);
