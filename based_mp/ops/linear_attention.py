@@ -44,7 +44,7 @@ def taylor_linear_attention_qkv(
     write o, and the gradient of qkv, in memory as [seq, batch, heads, …].
     Raises ValueError for shapes that do not fit together.
     """
-    _check(qkv, initial_state, cu_seqlens, decay)
+    _check(qkv, feature_dim, initial_state, cu_seqlens, decay)
     q, k, v = taylor_cuda.parts(qkv, feature_dim)
     if backends.taylor_backend(q, k, v, decay=decay) == "cuda":
         o, state = taylor_cuda.forward(qkv, feature_dim, scale=feature_dim ** -0.5 if scale is None else scale,
@@ -54,7 +54,11 @@ def taylor_linear_attention_qkv(
     return (o, state) if return_state else o
 
 
-def _check(qkv: Tensor, initial_state: TaylorState | None, cu_seqlens: Tensor | None, decay: Tensor | None) -> None:
+def _check(qkv: Tensor, feature_dim: int, initial_state: TaylorState | None, cu_seqlens: Tensor | None,
+           decay: Tensor | None) -> None:
+    if qkv.dim() != 4 or qkv.shape[-1] <= 2 * feature_dim:
+        raise ValueError("expected q | k | v [batch, seq, heads, 2·feature_dim + head_dim] with feature_dim "
+                         f"{feature_dim}, got {tuple(qkv.shape)}")
     if cu_seqlens is not None and qkv.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs batch 1 (packed documents), got batch {qkv.shape[0]}")
     if decay is not None and decay.shape != (qkv.shape[2],):

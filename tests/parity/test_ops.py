@@ -5,7 +5,7 @@ import torch
 
 from based_mp.ops.decode_torch import taylor_step_
 from based_mp.ops.gated_conv import gated_conv
-from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention
+from based_mp.ops.linear_attention import TaylorState, taylor_linear_attention, taylor_linear_attention_qkv
 from based_mp.ops.reference import (
     causal_conv_naive,
     init_taylor_state,
@@ -134,6 +134,8 @@ def test_shapes_are_checked():
         taylor_linear_attention(q, k, v, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
     with pytest.raises(ValueError, match="expected q, k"):
         taylor_linear_attention(q, k[:, :2], v)
+    with pytest.raises(ValueError, match="with feature_dim 16"):
+        taylor_linear_attention_qkv(torch.cat((q, k), -1), 16)
 
 
 @pytest.mark.parametrize("window", [1, 8, 64, None])
