@@ -242,8 +242,7 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
 
 // Boxes of 64 of the inner dimension x `rows` rows of each of `parts` parts of a bf16 matrix [parts * height, inner].
 static bool make_map(CUtensorMap* map, const void* matrix, int inner, int height, int parts, int rows) {
-    return taylor::make_map<3>(map, matrix, {(cuuint64_t)inner, (cuuint64_t)height, (cuuint64_t)parts},
-                               {(cuuint64_t)inner * 2, (cuuint64_t)inner * height * 2}, {kChunk, (cuuint32_t)rows, (cuuint32_t)parts},
+    return taylor::make_map<3>(map, matrix, {inner, height, parts}, {inner, (int64_t)inner * height}, {kChunk, rows, parts},
                                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 

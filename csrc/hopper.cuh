@@ -163,10 +163,12 @@ __device__ __forceinline__ uint32_t residual2(uint32_t a, uint32_t b, uint32_t p
 }
 
 // ---------------------------------------------------------------------------------------------------- host
-// The map of a bf16 tensor, its innermost dimension first, strides of the others in bytes.
+constexpr int kMaxShared = 232448;               // bytes of shared memory that a block may have
+
+// The map of a bf16 tensor, its innermost dimension first, strides of the others in elements.
 template <int Rank>
-inline bool make_map(CUtensorMap* map, const void* tensor, const cuuint64_t (&sizes)[Rank], const cuuint64_t (&strides)[Rank - 1],
-                     const cuuint32_t (&box)[Rank], CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion) {
+inline bool make_map(CUtensorMap* map, const void* tensor, const int64_t (&sizes)[Rank], const int64_t (&strides)[Rank - 1],
+                     const int (&box)[Rank], CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
         void* function = nullptr;
@@ -174,9 +176,15 @@ inline bool make_map(CUtensorMap* map, const void* tensor, const cuuint64_t (&si
         const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
         return code == cudaSuccess && status == cudaDriverEntryPointSuccess ? (Encode)function : nullptr;
     }();
-    cuuint32_t ones[Rank];
-    for (cuuint32_t& one : ones) one = 1;
-    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Rank, (void*)tensor, sizes, strides, box, ones,
+    cuuint64_t size[Rank], pitch[Rank];
+    cuuint32_t edge[Rank], ones[Rank];
+    for (int i = 0; i < Rank; ++i) {
+        size[i] = sizes[i];
+        edge[i] = box[i];
+        ones[i] = 1;
+        if (i > 0) pitch[i - 1] = strides[i - 1] * sizeof(__nv_bfloat16);
+    }
+    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Rank, (void*)tensor, size, pitch, edge, ones,
                             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

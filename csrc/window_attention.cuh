@@ -17,7 +17,7 @@ template <int D> constexpr int kPanels = (D + 63) / 64;
 template <int D> constexpr int kTile = kPanels<D> * kPanel;
 constexpr int kGroups = 2, kRotators = 4, kThreads = 256 + kGroups * 128;           // warpgroups that multiply; warps that rotate
 constexpr int kLoaderRegisters = 24, kRotatorRegisters = 104, kRegisters = 192;     // of a thread, of the 128 that all begin with
-constexpr int kMaxShared = 232448, kMaxReach = 4;    // kMaxReach: window 256
+constexpr int kMaxReach = 4;                         // window 256
 constexpr float kLog2e = 1.4426950408889634f;
 
 // How the tiles of a strip pass. Own tile s meets the ring's tiles first(s) .. last(s): those up to itself (keys of queries) or,
@@ -323,9 +323,7 @@ template <int D> __device__ __forceinline__ void rotate_back(float (&x)[D / 2], 
 // Rows [seq, batch, heads, parts, head_dim], strides in elements of the first three and of the parts.
 template <int D>
 inline bool make_rows(CUtensorMap* map, const WindowAttentionArgs& a, const void* rows, const int64_t* stride, int parts, int64_t part) {
-    auto size = [](int64_t n) { return (cuuint64_t)n; };
-    return make_map<5>(map, rows, {D, size(a.seq), size(parts), size(a.heads), size(a.batch)},
-                       {size(stride[0] * 2), size(part * 2), size(stride[2] * 2), size(stride[1] * 2)}, {64, kRows, 1, 1, 1},
+    return make_map<5>(map, rows, {D, a.seq, parts, a.heads, a.batch}, {stride[0], part, stride[2], stride[1]}, {64, kRows, 1, 1, 1},
                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 // Slots that fit in shared memory, as many as are of use; strips such that blocks fill the multiprocessors evenly.

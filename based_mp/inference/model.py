@@ -10,6 +10,7 @@ import itertools
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,17 +64,21 @@ class Pack:
         self._document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         self._positions = (torch.tensor(starts) - bounds[:-1])[self._document] + torch.arange(int(bounds[-1]))
         self.ends = to_device(self._ends.int(), device)               # tokens every slot has seen after the pack
-        self.rotation = ops.rotations(to_device(self._positions, device), frequency)
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def tail(self, count: int) -> tuple[Tensor, Pack]:
         """The last `count` tokens of every piece: (which they are in this pack, a pack of them alone)."""
         lengths = [min(length, count) for length in self.lengths]
-        left_out = torch.tensor([all_ - own for all_, own in zip(self.lengths, lengths, strict=True)])
-        tokens = left_out.cumsum(0).repeat_interleave(torch.tensor(lengths)) + torch.arange(sum(lengths))
-        starts = [start + out for start, out in zip(self.starts, left_out.tolist(), strict=True)]
+        skipped = [length - own for length, own in zip(self.lengths, lengths, strict=True)]
+        tokens = torch.tensor(skipped).cumsum(0).repeat_interleave(torch.tensor(lengths)) + torch.arange(sum(lengths))
+        starts = [start + more for start, more in zip(self.starts, skipped, strict=True)]
         pack = Pack(self.pool, self.slot_list, starts, lengths, self._frequency, self._ops)
         return to_device(tokens, self.slots.device), pack
+
+    @cached_property
+    def rotation(self) -> Tensor:
+        """fp32 [tokens, 2, half] of the tokens' positions; only softmax attention asks for it."""
+        return self._ops.rotations(to_device(self._positions, self.slots.device), self._frequency)
 
     def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens that a ring of `capacity` still holds at the end, their slots, their places in the ring)."""
