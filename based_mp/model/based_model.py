@@ -14,6 +14,7 @@ from torch import Tensor
 
 from based_mp.config import Config
 from based_mp.model.layer_specs import block_spec
+from based_mp.model.linear import Head
 from based_mp.ops import backends
 from based_mp.ops.fused.cross_entropy import cross_entropy
 from based_mp.ops.fused.embedding import embedding
@@ -73,6 +74,7 @@ class BasedModel(GPTModel):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.embedding.word_embeddings.__class__ = Embedding
+        self.output_layer.__class__ = Head
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Of labels [b, s] and logits [s, b, padded_vocab / tp], the loss of every token [b, s] in fp32."""

@@ -8,15 +8,12 @@ would have to be scaled and laid out once more, along the tokens. Embedding and 
 from __future__ import annotations
 
 import warnings
-from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from based_mp.model.linear import Operand, Products, weight_gradient
+from based_mp.model.linear import Operand, Products
 from based_mp.ops import backends, fp8
 
 
@@ -73,40 +70,6 @@ class _Products(Products):
         fp8.product(operand, self.copies.columns, out=out)
 
 
-class _Linear(torch.autograd.Function):
-    """x [s, b, in] → [s, b, out], without sequence parallelism.
-
-    As in megatron-core's linear layer, communication of the gradient of x runs beside the product of the weight's.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, copies, total, allreduce, group):
-        ctx.save_for_backward(x)
-        ctx.copies, ctx.total, ctx.allreduce, ctx.group = copies, total, allreduce, group
-        copies.renew()
-        return fp8.product(fp8.quantize_rows(x.flatten(0, 1)), copies.rows).unflatten(0, (-1, x.shape[1]))
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, = ctx.saved_tensors
-        dy, handle = dy.flatten(0, 1).contiguous(), None
-        dx = fp8.product(fp8.quantize_rows(dy), ctx.copies.columns)
-        if ctx.allreduce:
-            handle = dist.all_reduce(dx, group=ctx.group, async_op=True)
-        dw = weight_gradient(x.flatten(0, 1), dy, ctx.total)
-        if handle is not None:
-            handle.wait()
-        return dx.view_as(x), dw, None, None, None, None
-
-
-def _forward(copies: Copies, *, input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool,
-             allreduce_dgrad: bool, tp_group: dist.ProcessGroup | None, **_: Any) -> Tensor:
-    """What megatron-core's linear layers call with their input."""
-    total = weight.main_grad if gradient_accumulation_fusion else None
-    y = _Linear.apply(input, weight, copies, total, allreduce_dgrad, tp_group)
-    return y if bias is None else y + bias
-
-
 def use_fp8(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Lets the linear layers of the model's stack multiply in fp8; their weights are those of `optimizer`.
 
@@ -121,7 +84,7 @@ def use_fp8(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
             odd.append(f"{name} {tuple(module.weight.shape)}")
             continue
         module.fp8_copies = copies = Copies(module.weight)
-        module._forward_impl, module.products = partial(_forward, copies), _Products(copies)
+        module.products = _Products(copies)
         optimizer.register_step_post_hook(copies.forget)
     if odd:
         warnings.warn(f"{len(odd)} linear layers stay in bf16 under training.fp8, because a width is not a multiple of "

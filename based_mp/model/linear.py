@@ -1,8 +1,9 @@
-"""Tensor-parallel linear layers whose communication runs beside their products, for sequence parallelism.
+"""megatron-core's tensor-parallel linear layers with products of our own (`Products`), and, for sequence parallelism,
+with communication that runs beside them.
 
-Between the layers every rank has a part of the sequence, in them all of it (Korthikanti et al. 2022, section 4.2). What
-a product needs of other ranks travels while the rank's own part is multiplied; what it makes for them is made first and
-travels while the rank makes its own. Without sequence parallelism the layers are megatron-core's.
+Under sequence parallelism every rank has a part of the sequence between the layers, in them all of it (Korthikanti et
+al. 2022, section 4.2). What a product needs of other ranks travels while the rank's own part is multiplied; what it
+makes for them is made first and travels while the rank makes its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from based_mp.ops.products import multiply
 from based_mp.parallel.exchange import Operand, sending
 
 
@@ -30,11 +32,11 @@ class Products:
 
     def forward(self, operand: Operand, out: Tensor) -> None:
         """out = x weightᵀ, [tokens, out]."""
-        torch.mm(operand[0], self.weight.detach().t(), out=out)
+        multiply(operand[0], self.weight.detach().t(), out)
 
     def backward(self, operand: Operand, out: Tensor) -> None:
         """out = dy weight, [tokens, in]."""
-        torch.mm(operand[0], self.weight.detach(), out=out)
+        multiply(operand[0], self.weight.detach(), out)
 
 
 def _multiply_gathered(own: Operand, multiply: Callable[[Operand, Tensor], None], width: int, dtype: torch.dtype,
@@ -76,6 +78,35 @@ def weight_gradient(x: Tensor, dy: Tensor, total: Tensor | None, *more: tuple[Te
         return sum((dy.t() @ x for x, dy in more), dy.t() @ x)
     layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, dy, total, *more)
     return None
+
+
+def _multiplied(multiply: Callable[[Operand, Tensor], None], operand: Operand, width: int, like: Tensor) -> Tensor:
+    """A product [tokens, width] with the dtype of `like` and its leading dimensions."""
+    out = torch.empty(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
+    multiply(operand, out.flatten(0, -2))
+    return out
+
+
+class _Whole(torch.autograd.Function):
+    """x [s, b, in] → [s, b, out]. group: over which the gradient of x is summed, beside the product of the weight's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, products, total, group):
+        ctx.save_for_backward(x)
+        ctx.products, ctx.total, ctx.group = products, total, group
+        return _multiplied(products.forward, products.operand(x.flatten(0, -2)), weight.shape[0], x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, = ctx.saved_tensors
+        rows, summed = dy.flatten(0, -2).contiguous(), None
+        dx = _multiplied(ctx.products.backward, ctx.products.operand(rows), x.shape[-1], x)
+        if ctx.group is not None:
+            summed = dist.all_reduce(dx, group=ctx.group, async_op=True)
+        dw = weight_gradient(x.flatten(0, -2), rows, ctx.total) if ctx.needs_input_grad[1] else None
+        if summed is not None:
+            summed.wait()
+        return dx, dw, None, None, None
 
 
 class _Column(torch.autograd.Function):
@@ -123,11 +154,27 @@ class _Row(torch.autograd.Function):
         return dx.view_as(x), weight_gradient(rows[group.rank()], dy, ctx.total, *more), None, None, None
 
 
-class _SequenceParallel:
-    """Of a linear layer of megatron-core: what it does with sequence parallelism. products: see `Products`."""
+class _Linear:
+    """Of a linear layer of megatron-core: how it multiplies. products: see `Products`; None: those of the weight."""
+
+    products: Products | None = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, *, gradient_accumulation_fusion: bool,
+                      allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **more: Any) -> Tensor:
+        """What megatron-core's layer calls with the input, where communication is its own."""
+        if sequence_parallel:                                          # the LM head's
+            return super()._forward_impl(input=input, weight=weight, bias=bias, tp_group=tp_group,
+                                         gradient_accumulation_fusion=gradient_accumulation_fusion,
+                                         allreduce_dgrad=allreduce_dgrad, sequence_parallel=True, **more)
+        total = weight.main_grad if gradient_accumulation_fusion else None
+        y = _Whole.apply(input, weight, self.products or Products(weight), total, tp_group if allreduce_dgrad else None)
+        return y if bias is None else y + bias
+
+
+class _SequenceParallel(_Linear):
+    """The same, and what it does with sequence parallelism."""
 
     function: type[torch.autograd.Function]
-    products: Any = None
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         if not self.sequence_parallel:
@@ -147,3 +194,7 @@ class RowParallelLinear(_SequenceParallel, layers.RowParallelLinear):
     """[s, b, in / ranks] → ([s / ranks, b, out], bias to be added)."""
 
     function = _Row
+
+
+class Head(_Linear, layers.ColumnParallelLinear):
+    """The LM head."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -167,6 +168,17 @@ def decode_ops(weight: Tensor, model: ModelConfig, tp_size: int) -> ModuleType:
         if reason is not None:
             _warn_once("Generation", reason)
     return importlib.import_module("based_mp.ops.decode_cuda" if reason is None else "based_mp.ops.decode_torch")
+
+
+@functools.cache
+def cublas_lt() -> ctypes.CDLL | None:
+    """The library that lists cuBLAS's algorithms, or None, with a warning, where it is not beside torch's CUDA."""
+    name = f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}"
+    try:
+        return ctypes.CDLL(name)                               # torch has loaded it
+    except OSError:
+        _warn_once("A linear layer", f"{name} was not found", "the products that torch chooses", "in those chosen here")
+        return None
 
 
 def check_fp8(device: torch.device) -> None:
