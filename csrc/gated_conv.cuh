@@ -1,4 +1,4 @@
-// Shared by the gated convolution's kernels: 16-byte vectors of channels, and a walk along the tokens of documents.
+// Shared by the gated convolution's kernels: 16-byte vectors of channels and a walk along the tokens of documents.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,22 +9,42 @@ namespace gated_conv {
 
 constexpr int kThreads = 128;
 
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <typename T> __device__ __forceinline__ T narrow(float v);
-template <> __device__ __forceinline__ float narrow<float>(float v) { return v; }
-template <> __device__ __forceinline__ __half narrow<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <typename T> struct Pair;
+template <> struct Pair<float> { using type = float2; };
+template <> struct Pair<__half> { using type = __half2; };
+template <> struct Pair<__nv_bfloat16> { using type = __nv_bfloat162; };
+__device__ __forceinline__ float2 widen(float2 v) { return v; }
+__device__ __forceinline__ float2 widen(__half2 v) { return __half22float2(v); }
+__device__ __forceinline__ float2 widen(__nv_bfloat162 v) {       // in fewer instructions than __bfloat1622float2
+    const uint32_t both = reinterpret_cast<const uint32_t&>(v);
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+__device__ __forceinline__ void narrow(float2 v, float2& to) { to = v; }
+__device__ __forceinline__ void narrow(float2 v, __half2& to) { to = __float22half2_rn(v); }
+__device__ __forceinline__ void narrow(float2 v, __nv_bfloat162& to) { to = __float22bfloat162_rn(v); }
 
 // As many channels as 16 bytes hold.
 template <typename T> struct Vec {
     static constexpr int N = 16 / sizeof(T);
-    union { uint4 raw; T item[N]; };
+    using Two = typename Pair<T>::type;
+    uint4 raw;
 
-    __device__ __forceinline__ static Vec zero() { Vec v; v.raw = make_uint4(0, 0, 0, 0); return v; }
-    __device__ __forceinline__ static Vec load(const T* p) { Vec v; v.raw = __ldg(reinterpret_cast<const uint4*>(p)); return v; }
+    __device__ __forceinline__ Vec() : raw() {}
+    __device__ __forceinline__ Vec(uint4 raw) : raw(raw) {}
+    __device__ __forceinline__ explicit Vec(const float (&x)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) narrow({x[i], x[i + 1]}, reinterpret_cast<Two*>(&raw)[i / 2]);
+    }
+    __device__ __forceinline__ static Vec load(const T* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
     __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = raw; }
+    __device__ __forceinline__ void widen_to(float (&x)[N]) const {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            const float2 two = widen(reinterpret_cast<const Two*>(&raw)[i / 2]);
+            x[i] = two.x;
+            x[i + 1] = two.y;
+        }
+    }
 };
 
 // The document of a token: `first` is its start, `end` one past its last token; advances with the tokens.
@@ -48,28 +68,30 @@ struct Document {
 template <typename T>
 __device__ __forceinline__ void tap(float (&u)[Vec<T>::N], const GatedConvArgs& a, const float* bias, int t, int b,
                                     int channel, int row, int first) {
-    Vec<T> v = Vec<T>::zero();
+    Vec<T> v;
     const bool inside = t >= first;
     if (inside)
         v = Vec<T>::load(static_cast<const T*>(a.x) + ((int64_t)t * a.batch + b) * 2 * a.channels + channel);
     else if (a.carry)
         v = Vec<T>::load(static_cast<const T*>(a.carry) + ((int64_t)row * 2 + (t - first + 2)) * a.channels + channel);
+    v.widen_to(u);
 #pragma unroll
-    for (int i = 0; i < Vec<T>::N; ++i) u[i] = widen(v.item[i]) + (inside ? bias[i] : 0.f);
+    for (int i = 0; i < Vec<T>::N; ++i) u[i] += inside ? bias[i] : 0.f;
 }
 
 template <typename T>
 __device__ __forceinline__ void parameters(const GatedConvArgs& a, int channel, float (&w)[3][Vec<T>::N],
                                            float (&b1)[Vec<T>::N], float (&b2)[Vec<T>::N]) {
+    constexpr int N = Vec<T>::N;
     const T* weight = static_cast<const T*>(a.weight) + channel * 3;
     const T* bias = static_cast<const T*>(a.bias) + channel;
+    float taps[3][N];                                    // as they lie, the three of a channel side by side
 #pragma unroll
-    for (int i = 0; i < Vec<T>::N; ++i) {
+    for (int k = 0; k < 3; ++k) Vec<T>::load(weight + k * N).widen_to(taps[k]);
 #pragma unroll
-        for (int tap = 0; tap < 3; ++tap) w[tap][i] = widen(weight[i * 3 + tap]);
-        b1[i] = a.bias ? widen(bias[i]) : 0.f;
-        b2[i] = a.bias ? widen(bias[a.channels + i]) : 0.f;
-    }
+    for (int i = 0; i < 3 * N; ++i) w[i % 3][i / 3] = taps[i / N][i % N];
+    (a.bias ? Vec<T>::load(bias) : Vec<T>()).widen_to(b1);
+    (a.bias ? Vec<T>::load(bias + a.channels) : Vec<T>()).widen_to(b2);
 }
 
 __device__ __forceinline__ float sigmoid(float v) { return __fdividef(1.f, 1.f + __expf(-v)); }

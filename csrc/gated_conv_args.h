@@ -23,7 +23,7 @@ struct GatedConvArgs {
 extern "C" {
 #endif
 int gated_conv_forward(const struct GatedConvArgs*);
-int gated_conv_backward(const struct GatedConvArgs*);   // partial holds ceil(seq / 64) * batch parts
+int gated_conv_backward(const struct GatedConvArgs*);   // partial holds ceil(seq / 128) * batch parts
 #ifdef __cplusplus
 }
 #endif

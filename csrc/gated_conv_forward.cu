@@ -38,26 +38,22 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GatedConvArgs a) {
                 tap<T>(older, a, b1, t - 2, b, channel, doc.id, doc.first);
                 tap<T>(old, a, b1, t - 1, b, channel, doc.id, doc.first);
             }
-            Vec<T> out;
+            float u[N], v[N], out[N];
+            u1[j].widen_to(u);
+            u2[j].widen_to(v);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const float u = widen(u1[j].item[i]) + b1[i];
-                const float mixed = w[0][i] * older[i] + w[1][i] * old[i] + w[2][i] * u;
-                out.item[i] = narrow<T>(mixed * sigmoid(mixed) * (widen(u2[j].item[i]) + b2[i]));
+                u[i] += b1[i];
+                const float mixed = w[0][i] * older[i] + w[1][i] * old[i] + w[2][i] * u[i];
+                out[i] = mixed * sigmoid(mixed) * (v[i] + b2[i]);
                 older[i] = old[i];
-                old[i] = u;
+                old[i] = u[i];
             }
-            out.store(y + ((int64_t)t * a.batch + b) * a.channels);
+            Vec<T>(out).store(y + ((int64_t)t * a.batch + b) * a.channels);
             if (a.carry_out && t + 1 == doc.end) {
-                Vec<T> first, second;
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    first.item[i] = narrow<T>(older[i]);
-                    second.item[i] = narrow<T>(old[i]);
-                }
                 T* carry = static_cast<T*>(a.carry_out) + (int64_t)doc.id * 2 * a.channels + channel;
-                first.store(carry);
-                second.store(carry + a.channels);
+                Vec<T>(older).store(carry);
+                Vec<T>(old).store(carry + a.channels);
             }
         }
     }

@@ -56,7 +56,7 @@ def test_sizes(seq, batch, channels, dtype):
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("with_carry", [False, True])
 def test_documents(dtype, with_carry):
-    compare(300, 1, 64, dtype, [0, 5, 5, 63, 64, 65, 66, 128, 129, 300], with_carry)
+    compare(300, 1, 64, dtype, [0, 5, 5, 63, 64, 65, 66, 127, 128, 129, 256, 257, 300], with_carry)
     compare(64, 1, 64, dtype, [0, 0, 64, 64], with_carry)
 
 
