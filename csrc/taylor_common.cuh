@@ -131,11 +131,12 @@ template <class L> struct Shared {
 };
 
 // ---------------------------------------------------------------------------------------------------- loading
-// Rows [batch, seq, heads, width] as panels [batch][head][panel][token][16]; boxes of `columns` columns of a chunk. Tokens past
-// the end and columns past the width are zeros.
-inline bool make_panels(CUtensorMap* map, const TaylorArgs& p, const void* rows, const int64_t (&stride)[3], int width, int columns) {
+// Rows [batch, seq, heads, width] as panels [batch][head][panel][token][16]; boxes of `columns` columns of `tokens` tokens. Read,
+// tokens past the end and columns past the width are zeros; written, they are dropped.
+inline bool make_panels(CUtensorMap* map, const TaylorArgs& p, const void* rows, const int64_t (&stride)[3], int width, int columns,
+                        int tokens = kChunk) {
     return make_map<5>(map, rows, {width < 16 ? width : 16, p.seq, (width + 15) / 16, p.heads, p.batch},
-                       {stride[1], 16, stride[2], stride[0]}, {16, kChunk, columns / 16, 1, 1},
+                       {stride[1], 16, stride[2], stride[0]}, {16, tokens, columns / 16, 1, 1},
                        CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 template <class L> inline bool make_maps(Maps& maps, const TaylorArgs& p) {
@@ -482,10 +483,11 @@ inline int launch(void (*kernel)(P...), dim3 grid, int threads, int bytes, void*
     return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
 // A kernel that walks chunks, with L and `Beside` bytes in shared memory.
-template <class L, int Beside = 0, typename F> inline int launch_walk(F* kernel, dim3 grid, int threads, const TaylorArgs& p) {
+template <class L, int Beside = 0, typename F, typename... More>
+inline int launch_walk(F* kernel, dim3 grid, int threads, const TaylorArgs& p, const More&... more) {
     static_assert(L::bytes + Beside <= kMaxShared, "more shared memory than a block may have");
     Maps maps{};
-    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, L::bytes + Beside, p.stream, p, maps) : (int)cudaErrorInvalidValue;
+    return make_maps<L>(maps, p) ? launch(kernel, grid, threads, L::bytes + Beside, p.stream, p, maps, more...) : (int)cudaErrorInvalidValue;
 }
 
 }  // namespace taylor

@@ -8,9 +8,12 @@ using namespace taylor;
 
 template <int W> using Tiles = Layout<W, 0, true, 4, 2, 2, 1, 128>;
 constexpr int kOutputWarps = 8, kThreads = (kStateWarps + kOutputWarps + 8) * 32;
+// Where a warp's 16 rows leave from: panels of 16 columns, swizzled as those that are loaded.
+template <int W> constexpr int kBox = W / 16 * 512;
+template <int W> constexpr int kBoxes = (Tiles<W>::bytes + 255) / 256 * 256;
 
 template <int W, bool Reverse>
-__device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment& s, int head, int column, const Shared<Tiles<W>>& m) {
+__device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensorMap& rows_out, const Segment& s, int head, int column, const Shared<Tiles<W>>& m) {
     using L = Tiles<W>;
     constexpr int N = Reverse ? W : W + 8;       // backwards no denominator is wanted
     const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
@@ -81,39 +84,44 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const Segment&
         }
         warp_arrive(m.empty(i));
         if (!work) continue;
-        // Through shared memory: one bulk copy a row.
-        constexpr int Stride = W * 2 + 16;
-        const int first = half * 64 + warp * 16;
-        const uint32_t own_rows = m.base + Tiles<W>::bytes + (group * 4 + warp) * 16 * Stride;
+        const int first = half * 64 + warp * 16, token = s.first + begin + first, row = lane >> 2;
         const float den[2] = {acc[N / 2 - 4], acc[N / 2 - 2]};
         const float f0 = Reverse ? 1.f : 1.f / den[0], f1 = Reverse ? 1.f : 1.f / den[1];
         auto top = [&](int c) { return pack(acc[4 * c] * f0, acc[4 * c + 1] * f0); };
         auto bottom = [&](int c) { return pack(acc[4 * c + 2] * f1, acc[4 * c + 3] * f1); };
-        const uint32_t to = own_rows + (lane & 15) * Stride + (lane >> 4) * 16;
-        bulk_stores_read();                          // those of the chunk before have left
-        __syncwarp();
-        #pragma unroll
-        for (int c = 0; c + 1 < W / 8; c += 2) stsm4(to + c * 16, top(c), bottom(c), top(c + 1), bottom(c + 1));
-        if (W / 8 % 2) stsm2(to + (W / 8 - 1) * 16, top(W / 8 - 1), bottom(W / 8 - 1));
-        fence_for_tensor_cores();
-        __syncwarp();
-        const int token = s.first + begin + first;
-        const int64_t* stride = Reverse ? p.d_stride : p.o_stride;
         if (!Reverse && t == 0 && column == 0) {
             #pragma unroll
             for (int side = 0; side < 2; ++side)
-                if (first + (lane >> 2) + side * 8 < valid) p.denominator[token_index(p, s.batch, token + (lane >> 2) + side * 8, head)] = den[side];
+                if (first + row + side * 8 < valid) p.denominator[token_index(p, s.batch, token + row + side * 8, head)] = den[side];
         }
-        if (lane < 16 && first + lane < valid)
-            bulk_store(token_row(Reverse ? p.dv : p.o, stride, s.batch, token + lane, head) + column, own_rows + lane * Stride,
-                       min(W, p.head_dim - column) * 2);
-        bulk_stores_commit();
+        if (valid == kChunk || s.end == p.seq) {     // through shared memory: a box a warp, whose rows past the tensor's end are dropped
+            const uint32_t own_rows = m.base + kBoxes<W> + (group * 4 + warp) * kBox<W>;
+            bulk_stores_read();                      // that of the chunk before has left
+            __syncwarp();
+            #pragma unroll
+            for (int c = 0; c < W / 8; c += 2)
+                stsm4(own_rows + c * 256 + in_panel(lane & 15, lane >> 4), top(c), bottom(c), top(c + 1), bottom(c + 1));
+            fence_for_tensor_cores();
+            __syncwarp();
+            if (lane == 0) store_box(&rows_out, own_rows, 0, token, column / 16, head, s.batch);
+            bulk_stores_commit();
+        } else {                                     // the next document's rows follow
+            bf16* to = token_row(Reverse ? p.dv : p.o, Reverse ? p.d_stride : p.o_stride, s.batch, token + row, head) + column + t * 2;
+            const int64_t down = 8 * (Reverse ? p.d_stride : p.o_stride)[1];
+            #pragma unroll
+            for (int c = 0; c < W / 8; ++c) {
+                if (column + c * 8 >= p.head_dim) break;
+                if (first + row < valid) *reinterpret_cast<uint32_t*>(to + c * 8) = top(c);
+                if (first + row + 8 < valid) *reinterpret_cast<uint32_t*>(to + down + c * 8) = bottom(c);
+            }
+        }
     }
     bulk_stores_done();
 }
 
 template <int W, bool Reverse>
-__global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps,
+                                                      const __grid_constant__ CUtensorMap rows_out) {
     using L = Tiles<W>;
     extern __shared__ __align__(1024) char shared[];
     const Shared<L> m{address(shared)};
@@ -128,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
         carry_state<L, Reverse>(p, s, slot, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps) {
         registers_up<112>();
-        make_outputs<W, Reverse>(p, s, head, column, m);
+        make_outputs<W, Reverse>(p, rows_out, s, head, column, m);
     } else if (warp < kStateWarps + kOutputWarps + 4) {
         registers_down<56>();
         make_features<L, Reverse>(s, chunk_count(s) - 1, m);
@@ -139,8 +147,10 @@ __global__ void __launch_bounds__(kThreads, 1) output(const __grid_constant__ Ta
 }
 
 template <int W> static int run(const TaylorArgs& p) {
-    constexpr int rows = kOutputWarps * 16 * (W * 2 + 16);
+    constexpr int rows = kBoxes<W> - Tiles<W>::bytes + kOutputWarps * kBox<W>;
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
-    return launch_walk<Tiles<W>, rows>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, p);
+    CUtensorMap rows_out;
+    if (!make_panels(&rows_out, p, p.reverse ? p.dv : p.o, p.reverse ? p.d_stride : p.o_stride, p.head_dim, W, 16)) return (int)cudaErrorInvalidValue;
+    return launch_walk<Tiles<W>, rows>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, p, rows_out);
 }
 extern "C" int taylor_output(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }
