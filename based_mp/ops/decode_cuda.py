@@ -138,6 +138,7 @@ def _many_rows(residual: Tensor, pending: Pending | None, eps: float, weight: Te
 
 
 def _input(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor) -> tuple[Tensor, Norm]:
+    """The product before a mixer whose kernel takes any number of rows, and what is left of the norm."""
     if residual.shape[0] > MOST_ROWS:
         return _many_rows(residual, pending, eps, weight)
     return _normed_product(PLAIN, residual, pending, eps, weight), NORMED
