@@ -7,14 +7,15 @@ using namespace decode;
 
 constexpr int kThreads = 128, kUnroll = 8;
 
-// Element i of a rotated head: the half-split layout on the first 2 * half dimensions.
-__device__ __forceinline__ float rotated(const bf16* x, const float* cosine, int i, int half) {
+// Element i of a rotated head: the half-split layout on the first 2 * half dimensions. Not yet rounded.
+__device__ __forceinline__ float turned(const bf16* x, const float* cosine, int i, int half) {
     const float own = __bfloat162float(x[i]);
     if (i >= 2 * half) return own;
     const int f = i < half ? i : i - half;
     const float other = __bfloat162float(x[i < half ? i + half : f]);
-    return rounded(own * cosine[f] + (i < half ? -other : other) * cosine[half + f]);
+    return own * cosine[f] + (i < half ? -other : other) * cosine[half + f];
 }
+__device__ __forceinline__ float rotated(const bf16* x, const float* cosine, int i, int half) { return rounded(turned(x, cosine, i, half)); }
 
 struct Attention {
     const bf16* x;
@@ -25,6 +26,7 @@ struct Attention {
     bf16* o;
     int heads, head_dim, padded, half, capacity, splits;
     float scale;                                 // times log2(e)
+    Norm norm;
 };
 
 template <int L>
@@ -32,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 4) attention_step(const __grid_const
     constexpr int Groups = kThreads / L, Width = L * 8;
     __shared__ __align__(16) float q[Width];
     __shared__ __align__(16) bf16 k_new[Width], v_new[Width];
-    __shared__ float maxima[Groups], sums[Groups], outputs[Groups][Width + 1];
+    __shared__ float maxima[Groups], sums[Groups], outputs[Groups][Width + 1], space[32];
     let_next_start();
     const int row = blockIdx.x / p.heads, head = blockIdx.x % p.heads, split = blockIdx.y, slot = p.slots[row];
     const int position = slot < 0 ? 0 : p.positions[slot], count = min(position + 1, p.capacity), own = position % p.capacity;
@@ -58,11 +60,16 @@ __global__ void __launch_bounds__(kThreads, 4) attention_step(const __grid_const
     if (slot < 0) return;
     const bf16* in = p.x + ((int64_t)row * p.heads + head) * 3 * p.head_dim;
     const float* cosine = p.rotation + (int64_t)row * 2 * p.half;
-    for (int i = threadIdx.x; i < Width; i += kThreads) {
-        const bool real = i < p.head_dim;
-        q[i] = real ? rotated(in, cosine, i, p.half) * p.scale : 0.f;
-        k_new[i] = __float2bfloat16(real ? rotated(in + p.head_dim, cosine, i, p.half) : 0.f);
-        v_new[i] = real ? in[2 * p.head_dim + i] : __float2bfloat16(0.f);
+    const Unnormed<2> stream(p.norm, row);
+    static_assert(Width <= kThreads, "a thread has one dimension");
+    const int i = threadIdx.x;
+    const bool real = i < p.head_dim;
+    const float own_q = real ? turned(in, cosine, i, p.half) : 0.f, own_k = real ? turned(in + p.head_dim, cosine, i, p.half) : 0.f;
+    const float own_v = real ? __bfloat162float(in[2 * p.head_dim + i]) : 0.f, factor = stream.factor(space);
+    if (i < Width) {
+        q[i] = rounded(own_q * factor) * p.scale;
+        k_new[i] = __float2bfloat16(own_k * factor);
+        v_new[i] = __float2bfloat16(own_v * factor);
     }
     __syncthreads();
     float query[8], sum[8] = {}, largest = -INFINITY, total = 0.f;
@@ -202,9 +209,9 @@ __global__ void rope_run(const bf16* x, const float* rotation, bf16* q, bf16* k,
 
 extern "C" int decode_attention(const void* x, const int* slots, const int* positions, const float* rotation, void* keys, void* values,
                                 float* partial, void* o, int rows, int heads, int head_dim, int padded, int half, int capacity,
-                                int splits, float scale, void* stream) {
+                                int splits, float scale, const void* residual, int d_model, float eps, void* stream) {
     const Attention p{(const bf16*)x, slots, positions, rotation, (bf16*)keys, (bf16*)values, partial, (bf16*)o, heads, head_dim,
-                      padded, half, capacity, splits, scale * 1.44269504f};
+                      padded, half, capacity, splits, scale * 1.44269504f, {(const bf16*)residual, d_model, eps}};
     if (padded % 8 || padded > 128) return (int)cudaErrorInvalidValue;
     const dim3 grid(rows * heads, splits);
     int code = launch(padded <= 64 ? attention_step<8> : attention_step<16>, grid, kThreads, 0, stream, p);

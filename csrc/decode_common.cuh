@@ -46,6 +46,13 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* str
     return launch_clusters(kernel, 1, grid, block, shared, stream, args...);
 }
 
+// Threads of a block that has a row of as many vectors of 16 bytes: equally many of them each, as far as warps allow.
+constexpr int kRowThreads = 512;
+inline int row_threads(int vectors) {
+    const int each = (vectors + kRowThreads - 1) / kRowThreads;
+    return ((vectors + each - 1) / each + 31) / 32 * 32;
+}
+
 __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 // Eight bf16 in a 16-byte vector.
@@ -61,6 +68,13 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
 }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16(x)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+// The residual stream [rows, width] as a product took it, without its norm; null where the norm was taken before.
+struct Norm {
+    const bf16* residual;
+    int width;
+    float eps;
+};
 
 // Eight values of a residual stream, which is bf16 or fp32.
 template <bool Fp32> __device__ __forceinline__ void load8(const void* from, int64_t at, float (&x)[8]) {
@@ -90,5 +104,39 @@ __device__ __forceinline__ float block_sum(float x, float* space) {
     for (int i = 0; i < (int)blockDim.x / 32; ++i) sum += space[i];
     return sum;
 }
+
+// A row of the residual stream whose RMSNorm a product was made without: a factor of all its results. With no stream (null) it is 1.
+// `Vectors` of a thread are on their way from where this is made, the others are loaded when the factor is asked for.
+template <int Vectors> struct Unnormed {
+    const uint4* from;
+    int count;                                   // vectors of the row
+    float eps;
+    uint4 x[Vectors];
+
+    __device__ __forceinline__ Unnormed(const Norm& norm, int row)
+        : from(norm.residual ? (const uint4*)norm.residual + (int64_t)row * (norm.width / 8) : nullptr), count(norm.width / 8),
+          eps(norm.eps) {
+        #pragma unroll
+        for (int n = 0; n < Vectors; ++n) {
+            const int i = threadIdx.x + n * blockDim.x;
+            x[n] = from && i < count ? from[i] : make_uint4(0, 0, 0, 0);
+        }
+    }
+    // For every thread of the block; `space` holds 32 floats.
+    __device__ __forceinline__ float factor(float* space) const {
+        if (!from) return 1.f;
+        float square = 0.f;
+        auto take = [&](const uint4& v) {
+            float a[8];
+            unpack(v, a);
+            #pragma unroll
+            for (int j = 0; j < 8; ++j) square += a[j] * a[j];
+        };
+        #pragma unroll
+        for (int n = 0; n < Vectors; ++n) take(x[n]);
+        for (int i = threadIdx.x + Vectors * blockDim.x; i < count; i += blockDim.x) take(from[i]);
+        return rsqrtf(block_sum(square, space) / (count * 8) + eps);
+    }
+};
 
 }  // namespace decode

@@ -1,8 +1,8 @@
 // Matrix product with at most four rows, where the time is that of reading the weights. A warp makes one or two columns of the
 // result (with SwiGLU a gate and its value), a lane takes every 32nd vector of 16 bytes of the weight rows; the first of them are
-// on their way before the input is there, the others to the L2 cache. The input waits in shared memory as bf16, multiplied by
-// the weights of the norm where asked for; the norm's factor of a row comes to its sums. In a convolution layer the two columns
-// of a warp are an input of the convolution and its gate, and a lane makes the step of one row.
+// on their way before the input is there, the others to the L2 cache. The input waits in shared memory as bf16;
+// where a norm is asked for, its factor of a row comes to the row's sums. In a convolution layer the two columns of a warp are an
+// input of the convolution and its gate, and a lane makes the step of one row.
 #include "decode_common.cuh"
 using namespace decode;
 
@@ -12,7 +12,7 @@ constexpr int kFewWarps = 2112;                  // with fewer, 16 on each multi
 struct Linear {
     const bf16 *x, *weight;
     bf16* y;
-    const bf16* norm_weight;
+    bool norm;                                   // x is the residual stream
     float eps;
     void* add_to;
     const bf16* bias;                            // of the addition [columns], or of the convolution's input [columns]
@@ -58,7 +58,6 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     #pragma unroll
     for (int c = 0; c < C; ++c)
         if (lane == 0 && real[c]) prefetch(from[c] + Ahead * 32, (vectors - Ahead * 32) * 16);
-    if (p.norm_weight && blockIdx.x == 0 && threadIdx.x == 0) prefetch(p.norm_weight, p.inner * 2);
     const int slot = What == kConv && lane < p.rows && real[0] ? p.slots[lane] : -1;
     const int64_t state = (int64_t)slot * (p.count - 1) * half + warp;
     float tap[kMostTaps] = {}, window[kMostTaps - 1] = {}, offset[C] = {};
@@ -82,23 +81,21 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
             }
     float square[N] = {};
     for (int i = threadIdx.x; i < vectors; i += kThreads) {
-        float norm[8];
-        if (p.norm_weight) load8<false>(p.norm_weight, i * 8, norm);
         #pragma unroll
         for (int n = 0; n < N; ++n) {
             if (n >= p.rows) break;
             float x[8];
-            if (p.norm_weight) {
+            if (p.norm) {
                 load8<Fp32>(p.x, (int64_t)n * p.inner + i * 8, x);
                 #pragma unroll
-                for (int j = 0; j < 8; ++j) { square[n] += x[j] * x[j]; x[j] *= norm[j]; }
+                for (int j = 0; j < 8; ++j) square[n] += x[j] * x[j];
                 input[n * vectors + i] = pack(x);
             } else {
                 input[n * vectors + i] = ((const uint4*)p.x)[(int64_t)n * vectors + i];
             }
         }
     }
-    if (p.norm_weight)
+    if (p.norm)
         #pragma unroll
         for (int n = 0; n < N; ++n) {
             for (int d = 16; d; d /= 2) square[n] += __shfl_xor_sync(~0u, square[n], d);
@@ -136,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
             if (lane == n) own[c] = sum[c][n];
         }
     if (lane >= p.rows) return;
-    if (p.norm_weight) {
+    if (p.norm) {
         float total = 0.f;
         #pragma unroll
         for (int i = 0; i < kWarps; ++i) total += squares[lane][i];
@@ -177,10 +174,10 @@ template <int N, bool Fp32> int run(const Linear& p, int kind, void* stream) {
     return start(linear_kernel<N, Fp32, kPlain, 2>, (p.columns + 1) / 2);
 }
 
-extern "C" int decode_linear(const void* x, const void* weight, void* y, int kind, const void* norm_weight, float eps, void* add_to,
+extern "C" int decode_linear(const void* x, const void* weight, void* y, int kind, int norm, float eps, void* add_to,
                              const void* bias, int fp32_residual, const void* taps, int tap_count, const int* slots, void* carry,
                              int rows, int columns, int inner, void* stream) {
-    const Linear p{(const bf16*)x, (const bf16*)weight, (bf16*)y, (const bf16*)norm_weight, eps, add_to, (const bf16*)bias,
+    const Linear p{(const bf16*)x, (const bf16*)weight, (bf16*)y, norm != 0, eps, add_to, (const bf16*)bias,
                    (const bf16*)taps, tap_count, slots, (bf16*)carry, rows, columns, inner};
     if (inner % 8 || rows < 1 || rows > 4 || kind > kConv || (kind == kConv && (tap_count < 2 || tap_count > kMostTaps)))
         return (int)cudaErrorInvalidValue;

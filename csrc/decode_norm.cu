@@ -1,4 +1,5 @@
-// Embedding, residual addition with RMSNorm, and SwiGLU: the elementwise kernels of a layer, 16 bytes a thread.
+// Embedding, residual addition with RMSNorm (whose weights are in the product after it), and SwiGLU: the elementwise kernels of a
+// layer, 16 bytes a thread.
 #include "decode_common.cuh"
 using namespace decode;
 
@@ -27,19 +28,17 @@ __global__ void embed_kernel(const int* tokens, const int* positions, const int*
 constexpr int kMostVectors = 4;                  // 16-byte vectors a thread: width up to 256 * 8 * 4
 
 template <bool Fp32, int Vectors>
-__global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf16* out, const bf16* bias, const bf16* weight, bf16* y,
-                                                       float eps, int width) {
+__global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf16* out, const bf16* bias, bf16* y, float eps,
+                                                       int width) {
     __shared__ float space[32];
     let_next_start();
     const int64_t row = (int64_t)blockIdx.x * width;
     float x[Vectors][8], square = 0.f;
-    uint4 w[Vectors], b[Vectors];
+    uint4 b[Vectors];
     #pragma unroll
     for (int n = 0; n < Vectors; ++n) {
         const int i = threadIdx.x + n * blockDim.x;
-        w[n] = b[n] = make_uint4(0, 0, 0, 0);
-        if (i * 8 < width) w[n] = ((const uint4*)weight)[i];
-        if (i * 8 < width && bias) b[n] = ((const uint4*)bias)[i];
+        b[n] = i * 8 < width && bias ? ((const uint4*)bias)[i] : make_uint4(0, 0, 0, 0);
     }
     wait_for_previous();
     #pragma unroll
@@ -63,26 +62,34 @@ __global__ void __launch_bounds__(256) add_norm_kernel(void* residual, const bf1
     for (int n = 0; n < Vectors; ++n) {
         const int i = (threadIdx.x + n * blockDim.x) * 8;
         if (i >= width) break;
-        float a[8];
-        unpack(w[n], a);
         #pragma unroll
-        for (int j = 0; j < 8; ++j) a[j] *= x[n][j] * scale;
-        store8<false>(y, row + i, a);
+        for (int j = 0; j < 8; ++j) x[n][j] *= scale;
+        store8<false>(y, row + i, x[n]);
     }
 }
 
-__global__ void swiglu_kernel(const bf16* x, bf16* y, int64_t vectors, int width) {
+// A block has a row.
+__global__ void __launch_bounds__(kRowThreads, 2) swiglu_kernel(const bf16* x, bf16* y, int width, Norm norm) {
+    __shared__ float space[32];
     let_next_start();
     wait_for_previous();
-    const int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (n >= vectors) return;
-    const int64_t row = n / (width / 8), i = n % (width / 8) * 8;
-    float a[8], b[8];
-    load8<false>(x, row * 2 * width + i, a);
-    load8<false>(x, row * 2 * width + width + i, b);
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) a[j] = silu(a[j]) * b[j];
-    store8<false>(y, row * width + i, a);
+    const int row = blockIdx.x, vectors = width / 8;
+    const uint4 *gates = (const uint4*)x + (int64_t)row * 2 * vectors, *values = gates + vectors;
+    const Unnormed<1> stream(norm, row);
+    uint4 gate, value;
+    auto fetch = [&](int i) { gate = gates[i]; value = values[i]; };
+    int i = threadIdx.x;
+    if (i < vectors) fetch(i);
+    const float factor = stream.factor(space);
+    for (; i < vectors; i += blockDim.x) {
+        float a[8], b[8];
+        if (i >= (int)blockDim.x) fetch(i);
+        unpack(gate, a);
+        unpack(value, b);
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = silu(a[j] * factor) * (b[j] * factor);
+        ((uint4*)y)[(int64_t)row * vectors + i] = pack(a);
+    }
 }
 
 extern "C" int decode_embed(const int* tokens, const int* positions, const int* slots, const void* table, void* residual,
@@ -92,23 +99,20 @@ extern "C" int decode_embed(const int* tokens, const int* positions, const int* 
                   (const bf16*)table, residual, width, first, count, frequency, rotation, half);
 }
 
-extern "C" int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, const void* weight, void* y,
-                               float eps, int rows, int width,
-                               void* stream) {
+extern "C" int decode_add_norm(void* residual, int fp32_residual, const void* out, const void* bias, void* y, float eps,
+                               int rows, int width, void* stream) {
     const int vectors = (width + 2047) / 2048;
     if (vectors > kMostVectors) return (int)cudaErrorInvalidValue;
     const int threads = ((width + 8 * vectors - 1) / (8 * vectors) + 31) / 32 * 32;
     auto run = [&](auto kernel) {
-        return launch(kernel, rows, threads, 0, stream, residual, (const bf16*)out, (const bf16*)bias, (const bf16*)weight, (bf16*)y,
-                      eps, width);
+        return launch(kernel, rows, threads, 0, stream, residual, (const bf16*)out, (const bf16*)bias, (bf16*)y, eps, width);
     };
     if (vectors == 1) return fp32_residual ? run(add_norm_kernel<true, 1>) : run(add_norm_kernel<false, 1>);
     if (vectors == 2) return fp32_residual ? run(add_norm_kernel<true, 2>) : run(add_norm_kernel<false, 2>);
     return fp32_residual ? run(add_norm_kernel<true, 4>) : run(add_norm_kernel<false, 4>);
 }
 
-extern "C" int decode_swiglu(const void* x, void* y, int64_t rows, int width,
-                             void* stream) {
-    const int64_t vectors = rows * (width / 8);
-    return launch(swiglu_kernel, (unsigned)((vectors + 255) / 256), 256, 0, stream, (const bf16*)x, (bf16*)y, vectors, width);
+extern "C" int decode_swiglu(const void* x, void* y, int rows, int width, const void* residual, int d_model, float eps, void* stream) {
+    return launch(swiglu_kernel, rows, row_threads(width / 8), 0, stream, (const bf16*)x, (bf16*)y, width,
+                  Norm{(const bf16*)residual, d_model, eps});
 }

@@ -4,12 +4,13 @@
 // shared memories, always in the same order. A warp has W and x copied in chunks of 64 of the inner dimension (TMA, 128-byte
 // swizzle), a warpgroup multiplies. Two blocks fit on a multiprocessor, so that weights are on their way while the kernel before ends.
 //
-// The input may be a residual stream times the weights of a norm, not yet divided by its root mean square: then `squares` holds sums
-// of squares of every row, and the rows of y are multiplied by the factor that they give. Afterwards:
+// The input may be a residual stream not yet divided by its root mean square: then `squares` holds sums of squares of every row, and
+// the rows of y are multiplied by the factor that they give. Afterwards:
 //   plain   y
 //   swiglu  W is [gate; value]: y = silu(gate) * value
 //   conv    W is [u1; u2]: one token of the gated short convolution, whose window `carry` of each slot shifts
-//   add     residual += y + bias; y = residual * weights of the next norm, and the sums of squares of the rows over every tile
+//   add     residual += y + bias, with y = residual in bf16 (where that is what the stream is, the same memory), and the sums of
+//           squares of the rows over every tile
 #include "decode_common.cuh"
 #include "hopper.cuh"
 using namespace decode;
@@ -30,7 +31,7 @@ struct Product {
     float eps;
     void* residual;                                          // add: [rows, width], bf16 or fp32
     int fp32;
-    const bf16 *bias, *next_norm;                            // add: [width], bias or null; conv: bias [2 width]
+    const bf16* bias;                                        // add: [width] or null; conv: [2 width]
     float* next_squares;                                     // [tiles, rows]
     const bf16* taps;                                        // conv: [width, count]
     int count;
@@ -130,10 +131,7 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
         __syncwarp();
     } else if (warp == kThreads / 32 + 1) {                           // what the end of the block needs
         const int columns = min(tile_width, p.width - column0);
-        if (lane == 0 && p.kind == kAdd) {
-            prefetch(p.next_norm + column0, columns * 2);
-            if (p.bias) prefetch(p.bias + column0, columns * 2);
-        }
+        if (lane == 0 && p.kind == kAdd && p.bias) prefetch(p.bias + column0, columns * 2);
         if (p.kind == kConv) {
             if (lane < 2) prefetch(p.bias + lane * p.width + column0, columns * 2);
             if (lane == 2) prefetch(p.taps + column0 * p.count, columns * p.count * 2);
@@ -210,9 +208,8 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
                         else convolve<4>(p, window, column, a, b);
                     }
                 } else if (p.kind == kAdd) {
-                    float before[4], norm[4], bias[4] = {};
+                    float before[4], bias[4] = {};
                     if (p.bias) load4(p.bias + column, bias);
-                    load4(p.next_norm + column, norm);
                     if (p.fp32) {
                         const float4 v = *(const float4*)((const float*)p.residual + at);
                         before[0] = v.x; before[1] = v.y; before[2] = v.z; before[3] = v.w;
@@ -221,13 +218,11 @@ product_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant
                     }
                     #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        before[j] += a[j] + bias[j];
-                        if (!p.fp32) before[j] = rounded(before[j]);
-                        square += before[j] * before[j];
-                        a[j] = before[j] * norm[j];
+                        a[j] = before[j] + (a[j] + bias[j]);
+                        if (!p.fp32) a[j] = rounded(a[j]);
+                        square += a[j] * a[j];
                     }
-                    if (p.fp32) *(float4*)((float*)p.residual + at) = make_float4(before[0], before[1], before[2], before[3]);
-                    else store4((bf16*)p.residual + at, before);
+                    if (p.fp32) *(float4*)((float*)p.residual + at) = make_float4(a[0], a[1], a[2], a[3]);
                 }
                 store4(p.y + at, a);
             }
@@ -262,11 +257,10 @@ template <int N> static int run(Product p, const void* x, const void* weight, vo
 
 extern "C" int decode_product(const void* x, const void* weight, void* y, int kind, int rows, int width, int inner, int splits,
                               const float* squares, int parts, float eps, void* residual, int fp32_residual,
-                              const void* bias, const void* next_norm, float* next_squares, const void* taps, int tap_count,
-                              const int* slots, void* carry, void* stream) {
+                              const void* bias, float* next_squares, const void* taps, int tap_count, const int* slots,
+                              void* carry, void* stream) {
     const Product p{(bf16*)y, kind, rows, width, (inner + kChunk - 1) / kChunk, splits, 0, squares, parts, inner, eps, residual,
-                    fp32_residual, (const bf16*)bias, (const bf16*)next_norm, next_squares, (const bf16*)taps, tap_count, slots,
-                    (bf16*)carry};
+                    fp32_residual, (const bf16*)bias, next_squares, (const bf16*)taps, tap_count, slots, (bf16*)carry};
     if (inner % 8 || width % 8 || rows < 1 || splits < 1 || splits > 8 || p.chunks < splits) return (int)cudaErrorInvalidValue;
     if (rows <= 8) return run<8>(p, x, weight, stream);
     if (rows <= 16) return run<16>(p, x, weight, stream);

@@ -13,7 +13,8 @@ constexpr int kRecent = 16;
 
 template <int F, int D>
 __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int* slots, const int* positions, const int* starts, float* kv,
-                                                        float* z, bf16* recent, const float* decay, bf16* o, int heads, float root) {
+                                                        float* z, bf16* recent, const float* decay, bf16* o, int heads, float root,
+                                                        Norm norm) {
     constexpr int Features = 1 + F + F * (F + 1) / 2, Columns = D / 4, Groups = kThreads / Columns;
     constexpr int Rows = (Features + Groups - 1) / Groups;
     constexpr int Token = F + D, Vectors = Token / 8, Loads = ((kRecent - 1) * Vectors + kThreads - 1) / kThreads;
@@ -32,6 +33,8 @@ __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int
     const bool write = phase == kRecent - 1;
     uint4* const kept = (uint4*)(recent + own_head * kRecent * Token);
     uint4 old[Loads], newest;
+    const Unnormed<1> stream(norm, row);
+    const float own_q = thread < F ? __bfloat162float(in[thread]) : 0.f;
     #pragma unroll
     for (int i = 0; i < Loads; ++i)
         if (thread + i * kThreads < before * Vectors) old[i] = kept[thread + i * kThreads];
@@ -44,12 +47,18 @@ __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int
         for (int i = 0; i < Rows; ++i)
             if (group + i * Groups < Features) s[i] = __ldcs(own + (group + i * Groups) * Columns);
     const float own_z = thread < Features ? z[state + thread] : 0.f;
-    if (thread < F) raw[thread] = __bfloat162float(in[thread]) * root;
+    const float factor = stream.factor(space);
+    if (thread < F) raw[thread] = own_q * factor * root;
     uint4* const rows = (uint4*)tokens;
     #pragma unroll
     for (int i = 0; i < Loads; ++i)
         if (thread + i * kThreads < before * Vectors) rows[thread + i * kThreads] = old[i];
     if (thread < Vectors) {
+        float own[8];
+        unpack(newest, own);
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) own[j] *= factor;
+        newest = pack(own);
         rows[before * Vectors + thread] = newest;
         if (!write) kept[before * Vectors + thread] = newest;
     }
@@ -122,10 +131,11 @@ __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int
 }
 
 extern "C" int decode_taylor(const void* x, const int* slots, const int* positions, const int* starts, float* kv, float* z, void* recent,
-                             const float* decay, void* o, int rows, int heads, int features, int head_dim, float scale, void* stream) {
+                             const float* decay, void* o, int rows, int heads, int features, int head_dim, float scale,
+                             const void* residual, int d_model, float eps, void* stream) {
     auto run = [&](auto kernel) {
         return launch(kernel, rows * heads, kThreads, 0, stream, (const bf16*)x, slots, positions, starts, kv, z, (bf16*)recent, decay,
-                      (bf16*)o, heads, sqrtf(scale));
+                      (bf16*)o, heads, sqrtf(scale), Norm{(const bf16*)residual, d_model, eps});
     };
     switch (features * 1000 + head_dim) {
         case 16064: return run(taylor_step<16, 64>);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from based_mp.config import Config
 
 MODEL: dict[str, Any] = {
@@ -22,6 +24,15 @@ class Letters:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(i + 32) for i in ids)
+
+
+@torch.no_grad()
+def as_trained(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with random norm weights and output biases in its layers, where new ones have ones and zeros."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("layernorm.weight", "out_bias")):
+            parameter += 0.3 * torch.randn_like(parameter)
+    return module
 
 
 def tiny_generator(device: str = "cpu") -> Any:

@@ -1,7 +1,8 @@
 """A trained model's weights as inference runs them: packed prompts, or one token of every row, on states in slots.
 
-The weights are the trained parameters themselves, by their names; nothing is copied. Tensor parallel as the training
-layers are: column-parallel into a mixer or MLP, row-parallel and a sum over the ranks out of it.
+The weights are the trained parameters themselves, by their names; but where a product follows an RMSNorm, copies that
+the norm's weights are multiplied into. Tensor parallel as the training layers are: column-parallel into a mixer or MLP,
+row-parallel and a sum over the ranks out of it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from based_mp.ops.reference import taylor_feature_dim
 from based_mp.ops.window_attention import causal_attention
 
 # A residual stream before a norm, as the operations of `based_mp.ops.decode_torch` take it: the stream [n, d_model],
-# what it has still to take in, the norm's weights and epsilon.
-Stream = tuple[Tensor, Any, Tensor, float]
+# what it has still to take in, the norm's epsilon.
+Stream = tuple[Tensor, Any, float]
+# What a mixer makes of it: the input of its output product, and the bias which is to be added to that.
+Mixed = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -101,13 +104,13 @@ class ConvMixer:
         channels, taps = self.conv.shape
         return {"carry": self.conv.new_zeros(slots, taps - 1, channels)}
 
-    def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Tensor:
-        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, rows.slots, carry)
+    def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Mixed:
+        return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, self.out_bias, rows.slots, carry)
 
-    def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
         y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, carry[pack.slots])
-        return y
+        return y, self.out_bias
 
 
 class TaylorMixer:
@@ -117,7 +120,7 @@ class TaylorMixer:
     """
 
     def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, tp_rank: int, tp_size: int) -> None:
-        self.linear_in, self.linear_out, self.out_bias = w["linear_in.weight"], w["linear_out.weight"], None
+        self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.ops, self.feature_dim, self.head_dim = ops, config.feature_dim, config.head_dim
         self.heads = config.num_heads // tp_size
         self.decay = None
@@ -135,11 +138,11 @@ class TaylorMixer:
                                                      self.feature_dim + self.head_dim)
         return state
 
-    def step(self, stream: Stream, rows: Rows, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Tensor:
-        x = self.ops.norm_linear(*stream, self.linear_in)
-        return self.ops.taylor_step_(x, rows.slots, rows.pool, kv, z, recent, self.decay, self.feature_dim)
+    def step(self, stream: Stream, rows: Rows, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Mixed:
+        return self.ops.norm_taylor_step_(*stream, self.linear_in, rows.slots, rows.pool, kv, z, recent, self.decay,
+                                          self.feature_dim), None
 
-    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
         f, qkv = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None
@@ -148,7 +151,7 @@ class TaylorMixer:
         o, after = taylor_linear_attention_qkv(qkv, f, decay=self.decay, initial_state=before, return_state=True,
                                                cu_seqlens=pack.bounds)
         kv[pack.slots], z[pack.slots] = after.kv, after.z
-        return o[0].flatten(1)
+        return o[0].flatten(1), None
 
 
 class SoftmaxMixer:
@@ -156,7 +159,7 @@ class SoftmaxMixer:
 
     def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, window: int | None,
                  tp_size: int) -> None:
-        self.linear_in, self.linear_out, self.out_bias = w["linear_in.weight"], w["linear_out.weight"], None
+        self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.ops, self.window, self.head_dim = ops, window, config.head_dim
         self.heads, self.padded = config.num_heads // tp_size, -(-config.head_dim // 8) * 8
 
@@ -164,11 +167,11 @@ class SoftmaxMixer:
         shape = (slots, self.heads, length if self.window is None else self.window, self.padded)
         return {"keys": self.linear_in.new_zeros(shape), "values": self.linear_in.new_zeros(shape)}
 
-    def step(self, stream: Stream, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
-        x = self.ops.norm_linear(*stream, self.linear_in)
-        return self.ops.attention_step(x, rows.slots, rows.pool.positions, rows.rotation, keys, values, self.head_dim)
+    def step(self, stream: Stream, rows: Rows, keys: Tensor, values: Tensor) -> Mixed:
+        return self.ops.norm_attention_step(*stream, self.linear_in, rows.slots, rows.pool.positions, rows.rotation,
+                                            keys, values, self.head_dim), None
 
-    def prefill(self, stream: Stream, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, keys: Tensor, values: Tensor) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
         q, k, v = self.ops.rope_run(x, pack.rotation, self.heads, self.head_dim, self.padded)
         if pack.fresh:
@@ -181,7 +184,7 @@ class SoftmaxMixer:
         whole = tokens.shape[0] == k.shape[0]
         for buffer, new in ((keys, k), (values, v)):
             buffer[slots, :, ring] = new if whole else new[tokens]
-        return o[0, :, :, : self.head_dim].flatten(1)
+        return o[0, :, :, : self.head_dim].flatten(1), None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
         """Every piece after the keys that its first token still sees."""
@@ -203,26 +206,27 @@ class SoftmaxMixer:
 class ModuleMixer:
     """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
 
-    def __init__(self, module: RowMixer, ops: object, dtype: torch.dtype) -> None:
-        self.module, self.ops, self.dtype = module, ops, dtype
-        self.linear_out, self.out_bias = module.linear_out.weight, None
+    def __init__(self, module: RowMixer, norm: Tensor, ops: object, dtype: torch.dtype) -> None:
+        self.module, self.norm, self.ops, self.dtype = module, norm, ops, dtype
+        self.linear_out = module.linear_out.weight
 
     def _project(self, stream: Stream) -> Tensor:
-        return self.module.project(self.ops.add_norm(*stream)[None])[0]
+        x = self.ops.add_norm(*stream) * self.norm
+        return self.module.project(x[None].to(self.norm.dtype))[0]
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         state = self.module.init_state(slots, self.linear_out.device, self.dtype, length)
         self.kind = type(state)
         return vars(state)
 
-    def step(self, stream: Stream, rows: Rows, **buffers: Tensor) -> Tensor:
+    def step(self, stream: Stream, rows: Rows, **buffers: Tensor) -> Mixed:
         x = self._project(stream)
-        return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers)
+        return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers), None
 
-    def prefill(self, stream: Stream, pack: Pack, **buffers: Tensor) -> Tensor:
+    def prefill(self, stream: Stream, pack: Pack, **buffers: Tensor) -> Mixed:
         x = self._project(stream)
         return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
-                             buffers)
+                             buffers), None
 
     def _on_rows(self, run: Callable[[Any], Tensor], slots: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         state = self.kind(**{name: buffer[slots] for name, buffer in buffers.items()})
@@ -237,13 +241,16 @@ Mixer = ConvMixer | TaylorMixer | SoftmaxMixer | ModuleMixer
 
 @dataclass
 class Layer:
-    """mlp_norm, fc1, fc2: None in layers without MLP."""
+    """fc1, fc2: None in layers without MLP."""
 
-    norm: Tensor
     mixer: Mixer
-    mlp_norm: Tensor | None
     fc1: Tensor | None
     fc2: Tensor | None
+
+
+def with_norm(norm: Tensor, weight: Tensor) -> Tensor:
+    """W diag(norm): the weights of a product [columns, d_model] after an RMSNorm, with the norm's."""
+    return (weight * norm).to(weight.dtype)
 
 
 class InferenceModel:
@@ -255,31 +262,34 @@ class InferenceModel:
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
         self.embedding = w["embedding.word_embeddings.weight"]
-        self.head = self.embedding if config.tie_embeddings else w["output_layer.weight"]
+        self.head = with_norm(w["decoder.final_layernorm.weight"],
+                              self.embedding if config.tie_embeddings else w["output_layer.weight"])
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.residual_dtype = torch.float32 if config.fp32_residual else self.dtype
         self.ops = backends.decode_ops(self.embedding, config, self.tp_size)
         self.layers = [self._layer(w, f"decoder.layers.{i}.", kind, module.decoder.layers[i].self_attention)
                        for i, kind in enumerate(config.mixers)]
-        self.norm = w["decoder.final_layernorm.weight"]
         half = int(config.head_dim * config.rotary_fraction) // 2
         self.frequency = rope_frequency(half, config.rotary_base, self.device)
 
     def _layer(self, w: dict[str, Tensor], prefix: str, kind: str, module: torch.nn.Module) -> Layer:
         inner = prefix + "self_attention."
         own = {name.removeprefix(inner): weight for name, weight in w.items() if name.startswith(inner)}
+        norm = w[prefix + "input_layernorm.weight"]
+        fc1, fc2 = (w.get(f"{prefix}mlp.linear_fc{i}.weight") for i in (1, 2))
+        if fc1 is not None:
+            fc1 = with_norm(w[prefix + "pre_mlp_layernorm.weight"], fc1)
+        if isinstance(module, RowMixer):
+            return Layer(ModuleMixer(module, norm, self.ops, self.dtype), fc1, fc2)
+        own["linear_in.weight"] = with_norm(norm, own["linear_in.weight"])
         if kind == "gated_conv":
             mixer: Mixer = ConvMixer(own, self.ops)
         elif kind == "linear_attention":
             mixer = TaylorMixer(own, self.ops, self.config, self.tp_rank, self.tp_size)
-        elif isinstance(module, RowMixer):
-            mixer = ModuleMixer(module, self.ops, self.dtype)
         else:
             window = self.config.window if kind == "sliding_attention" else None
             mixer = SoftmaxMixer(own, self.ops, self.config, window, self.tp_size)
-        mlp = (w.get(prefix + name) for name in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight",
-                                                 "mlp.linear_fc2.weight"))
-        return Layer(w[prefix + "input_layernorm.weight"], mixer, *mlp)
+        return Layer(mixer, fc1, fc2)
 
     def new_pool(self, slots: int, length: int) -> StatePool:
         """Empty states for `slots` sequences; `length`: most tokens of a sequence that full attention keeps."""
@@ -318,29 +328,27 @@ class InferenceModel:
     def _run(self, residual: Tensor, pool: StatePool, mix: Callable[..., Tensor], ends: Pack | None = None) -> Tensor:
         """Logits of every row; of each piece's last where `ends` is given, the pack that the rows are.
 
-        mix: (layer, stream, state, ends) → the mixer's output.
+        mix: (layer, stream, state, ends) → what the mixer makes.
         """
         ops, eps, pending = self.ops, self.config.norm_eps, None
-        after = [layer.norm for layer in self.layers[1:]] + [self.norm]
-        for layer, state, next_norm in zip(self.layers, pool.buffers, after, strict=True):
-            mlp, only_ends = layer.fc1 is not None, ends is not None and next_norm is self.norm
+        for layer, state in zip(self.layers, pool.buffers, strict=True):
+            only_ends = ends is not None and layer is self.layers[-1]
             if only_ends and isinstance(layer.mixer, ConvMixer):      # the rest does not reach the ends
                 tokens, ends = ends.tail(layer.mixer.conv.shape[1])
                 residual, pending = residual[tokens], pending and pending[tokens]
-            x = mix(layer, (residual, pending, layer.norm, eps), state, ends)
+            x, bias = mix(layer, (residual, pending, eps), state, ends)
             if only_ends:
                 x, residual = x[ends.last], residual[ends.last]
-            pending = self._out(x, layer.mixer.linear_out, layer.mixer.out_bias, residual,
-                                layer.mlp_norm if mlp else next_norm)
-            if mlp:
-                x = ops.norm_linear(residual, pending, layer.mlp_norm, eps, layer.fc1, swiglu=True)
-                pending = self._out(x, layer.fc2, None, residual, next_norm)
-        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, pending, self.norm, eps, self.head))
+            pending = self._out(x, layer.mixer.linear_out, bias, residual)
+            if layer.fc1 is not None:
+                x = ops.norm_linear(residual, pending, eps, layer.fc1, swiglu=True)
+                pending = self._out(x, layer.fc2, None, residual)
+        return gather_from_tensor_model_parallel_region(ops.norm_linear(residual, pending, eps, self.head))
 
-    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Any:
+    def _out(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Any:
         """A layer's result on its way into the residual stream: what the next norm takes as pending."""
         if self.tp_size == 1:
-            return self.ops.linear_add(x, weight, bias, residual, next_norm)
+            return self.ops.linear_add(x, weight, bias, residual)
         return Pending(self._sum(self.ops.linear(x, weight)), bias)
 
     def _sum(self, x: Tensor) -> Tensor:

@@ -18,14 +18,20 @@ from based_mp.ops.backends import extension
 from based_mp.ops.decode_torch import Pending, conv_run, embed, rotations
 from based_mp.ops.reference import TaylorState, taylor_features
 
-__all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linear_add", "norm_conv_step", "norm_linear",
-           "rope_run", "rotations", "sample", "settled", "taylor_step_"]
+__all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linear_add", "norm_attention_step",
+           "norm_conv_step", "norm_linear", "norm_taylor_step_", "rope_run", "rotations", "sample", "settled",
+           "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
 RECENT = 16                      # tokens that the state of linear attention takes in at a time (csrc/decode_taylor.cu)
 # Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
-# MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond.
+# MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond, with the
+# residual addition inside, and the norm in the kernel that takes the product.
 FEW_ROWS, MOST_ROWS = 4, 64
+# What a kernel finds the factor of every row's RMSNorm by, which the product that it takes was made without: where the
+# residual stream lies (bf16; 0: the product has the factor), its width, eps.
+Norm = tuple[int, int, float]
+NORMED: Norm = (0, 0, 0.0)
 PLAIN, SWIGLU, CONV, ADD = range(4)                 # kinds of products
 COLUMNS, CHUNK = 64, 64          # of the weights in a block of decode_product
 BLOCKS = 100                     # that it has at least, where the inner dimension can be cut
@@ -52,17 +58,17 @@ def embed_step(pool: Any, slots: Tensor, table: Tensor, first: int, residual_dty
     return residual, rotation
 
 
-def _add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty(residual.shape, dtype=norm_weight.dtype, device=residual.device)
+def _add_norm(residual: Tensor, pending: Pending | None, eps: float) -> Tensor:
+    y = torch.empty(residual.shape, dtype=torch.bfloat16, device=residual.device)
     out, bias = (None, None) if pending is None else (pending.out, pending.bias)
-    extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(norm_weight),
-                                _at(y), eps, *residual.shape, _stream())
+    extension().decode_add_norm(_at(residual), residual.dtype == torch.float32, _at(out), _at(bias), _at(y), eps,
+                                *residual.shape, _stream())
     return y
 
 
 @dataclass
-class Scaled:
-    """The residual stream, nothing pending, times the weights of the norm that reads it next: x bf16 [n, d_model].
+class Summed:
+    """The residual stream, nothing pending, as the next product takes it: x [n, d_model], itself or a bf16 copy.
 
     squares: sums of its squares over parts of d_model, fp32 [parts, n], for the norm's factor.
     """
@@ -70,8 +76,8 @@ class Scaled:
     x: Tensor
     squares: Tensor
 
-    def __getitem__(self, rows: Tensor) -> Scaled:
-        return Scaled(self.x[rows], self.squares[:, rows])
+    def __getitem__(self, rows: Tensor) -> Summed:
+        return Summed(self.x[rows], self.squares[:, rows])
 
 
 def _splits(columns: int, inner: int) -> int:
@@ -83,76 +89,97 @@ def _splits(columns: int, inner: int) -> int:
 
 
 def _product(kind: int, x: Tensor, weight: Tensor, *, squares: Tensor | None = None, eps: float = 0.0,
-             residual: Tensor | None = None, bias: Tensor | None = None, next_norm: Tensor | None = None,
-             taps: Tensor | None = None, slots: Tensor | None = None, carry: Tensor | None = None) -> Any:
+             residual: Tensor | None = None, bias: Tensor | None = None, taps: Tensor | None = None,
+             slots: Tensor | None = None, carry: Tensor | None = None) -> Any:
     (rows, inner), columns = x.shape, weight.shape[0]
-    paired = kind in (SWIGLU, CONV)
-    width = columns // 2 if paired else columns
-    y, sums = weight.new_empty(rows, width), None
+    width = columns // 2 if kind in (SWIGLU, CONV) else columns
+    fp32, sums = residual is not None and residual.dtype == torch.float32, None
+    y = weight.new_empty(rows, width) if residual is None or fp32 else residual
     if kind == ADD:
         sums = torch.empty(-(-width // COLUMNS), rows, dtype=torch.float32, device=x.device)
     extension().decode_product(_at(x), _at(weight), _at(y), kind, rows, width, inner, _splits(columns, inner),
-                               _at(squares), 0 if squares is None else squares.shape[0], eps,
-                               _at(residual), residual is not None and residual.dtype == torch.float32, _at(bias),
-                               _at(next_norm), _at(sums), _at(taps), 0 if taps is None else taps.shape[1],
-                               _at(slots), _at(carry), _stream())
-    return y if sums is None else Scaled(y, sums)
+                               _at(squares), 0 if squares is None else squares.shape[0], eps, _at(residual), fp32,
+                               _at(bias), _at(sums), _at(taps), 0 if taps is None else taps.shape[1], _at(slots),
+                               _at(carry), _stream())
+    return y if sums is None else Summed(y, sums)
 
 
-def _few_rows(x: Tensor, weight: Tensor, y: Tensor | None, kind: int = PLAIN, *, norm: Tensor | None = None,
-              eps: float = 0.0, add_to: Tensor | None = None, bias: Tensor | None = None, taps: Tensor | None = None,
+def _few_rows(x: Tensor, weight: Tensor, y: Tensor | None, kind: int = PLAIN, *, norm: bool = False, eps: float = 0.0,
+              add_to: Tensor | None = None, bias: Tensor | None = None, taps: Tensor | None = None,
               slots: Tensor | None = None, carry: Tensor | None = None) -> None:
-    residual = x if norm is not None else add_to
+    residual = x if norm else add_to
     fp32 = residual is not None and residual.dtype == torch.float32
-    extension().decode_linear(_at(x), _at(weight), _at(y), kind, _at(norm), eps, _at(add_to), _at(bias), fp32,
-                              _at(taps), 0 if taps is None else taps.shape[1], _at(slots), _at(carry), x.shape[0],
-                              *weight.shape, _stream())
+    extension().decode_linear(_at(x), _at(weight), _at(y), kind, norm, eps, _at(add_to), _at(bias), fp32, _at(taps),
+                              0 if taps is None else taps.shape[1], _at(slots), _at(carry), x.shape[0], *weight.shape,
+                              _stream())
 
 
-def _normed_product(kind: int, residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float,
-                    weight: Tensor, **conv: Tensor) -> Tensor | None:
-    """The norm, the product and what `kind` says in one kernel or two; None for more rows than it is made for."""
+def _normed_product(kind: int, residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor,
+                    **conv: Tensor) -> Tensor:
+    """The norm, the product and what `kind` says in one kernel or two, of at most MOST_ROWS rows."""
     rows, columns = residual.shape[0], weight.shape[0]
-    if rows > MOST_ROWS:
-        return None
-    if rows > FEW_ROWS or isinstance(pending, Scaled):
-        x, squares = (pending.x, pending.squares) if isinstance(pending, Scaled) else \
-            (_add_norm(residual, pending, norm_weight, eps), None)
+    if rows > FEW_ROWS or isinstance(pending, Summed):
+        x, squares = (pending.x, pending.squares) if isinstance(pending, Summed) else \
+            (_add_norm(residual, pending, eps), None)
         return _product(kind, x, weight, squares=squares, eps=eps, **conv)
     y = weight.new_empty(rows, columns if kind == PLAIN else columns // 2)
     if pending is None:
-        _few_rows(residual, weight, y, kind, norm=norm_weight, eps=eps, **conv)
+        _few_rows(residual, weight, y, kind, norm=True, eps=eps, **conv)
     else:
-        _few_rows(_add_norm(residual, pending, norm_weight, eps), weight, y, kind, **conv)
+        _few_rows(_add_norm(residual, pending, eps), weight, y, kind, **conv)
     return y
 
 
-def norm_linear(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
+def _many_rows(residual: Tensor, pending: Pending | None, eps: float, weight: Tensor) -> tuple[Tensor, Norm]:
+    """The product of more than MOST_ROWS rows, by cuBLAS, and what is left of the norm for the kernel that takes it."""
+    if pending is None and residual.dtype == weight.dtype:
+        return F.linear(residual, weight), (_at(residual), residual.shape[1], eps)
+    return F.linear(_add_norm(residual, pending, eps), weight), NORMED
+
+
+def _input(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor) -> tuple[Tensor, Norm]:
+    """The product before a mixer whose kernel takes any number of rows, and what is left of the norm."""
+    if residual.shape[0] > MOST_ROWS:
+        return _many_rows(residual, pending, eps, weight)
+    return _normed_product(PLAIN, residual, pending, eps, weight), NORMED
+
+
+def norm_linear(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor, *,
                 swiglu: bool = False) -> Tensor:
-    y = _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, norm_weight, eps, weight)
-    if y is not None:
-        return y
-    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
+    if residual.shape[0] <= MOST_ROWS:
+        return _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, eps, weight)
     if not swiglu:
-        return x
+        return F.linear(_add_norm(residual, pending, eps), weight)
+    x, norm = _many_rows(residual, pending, eps, weight)
     rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
-    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, _stream())
+    extension().decode_swiglu(_at(x), _at(y), rows, columns // 2, *norm, _stream())
     return y
 
 
-def norm_conv_step(residual: Tensor, pending: Pending | Scaled | None, norm_weight: Tensor, eps: float, weight: Tensor,
-                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
-    y = _normed_product(CONV, residual, pending, norm_weight, eps, weight, bias=bias, taps=conv, slots=slots,
-                        carry=carry)
-    if y is not None:
-        return y
-    x = F.linear(_add_norm(residual, pending, norm_weight, eps), weight)
+def norm_conv_step(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor, bias: Tensor,
+                   conv: Tensor, out_bias: Tensor, slots: Tensor, carry: Tensor) -> tuple[Tensor, Tensor | None]:
+    if residual.shape[0] <= MOST_ROWS:
+        return _normed_product(CONV, residual, pending, eps, weight, bias=bias, taps=conv, slots=slots,
+                               carry=carry), out_bias
+    x, norm = _many_rows(residual, pending, eps, weight)
     rows, (channels, taps) = x.shape[0], conv.shape
     y = x.new_empty(rows, channels)
     extension().decode_conv(_at(x), _at(bias), _at(conv), _at(slots), _at(carry), _at(y), rows, channels, taps,
-                            _stream())
-    return y
+                            _at(out_bias), *norm, _stream())
+    return y, out_bias if norm is NORMED else None
+
+
+def norm_taylor_step_(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor,
+                      *arguments: Any) -> Tensor:
+    x, norm = _input(residual, pending, eps, weight)
+    return taylor_step_(x, *arguments, norm=norm)
+
+
+def norm_attention_step(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor,
+                        *arguments: Any) -> Tensor:
+    x, norm = _input(residual, pending, eps, weight)
+    return attention_step(x, *arguments, norm=norm)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -165,23 +192,26 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
-               next_norm: Tensor) -> Pending | Scaled | None:
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Pending | Summed | None:
     if x.shape[0] > MOST_ROWS:
-        return Pending(F.linear(x, weight), bias)
+        if bias is not None or residual.dtype != x.dtype:          # cuBLAS adds neither
+            return Pending(F.linear(x, weight), bias)
+        residual.addmm_(x, weight.T)
+        return None
     if x.shape[0] > FEW_ROWS:
-        return _product(ADD, x, weight, residual=residual, bias=bias, next_norm=next_norm)
+        return _product(ADD, x, weight, residual=residual, bias=bias)
     _few_rows(x, weight, None, add_to=residual, bias=bias)
     return None
 
 
 def taylor_step_(x: Tensor, slots: Tensor, pool: Any, kv: Tensor, z: Tensor, recent: Tensor | None,
-                 decay: Tensor | None, feature_dim: int) -> Tensor:
+                 decay: Tensor | None, feature_dim: int, norm: Norm = NORMED) -> Tensor:
     rows, heads, head_dim = x.shape[0], kv.shape[1], kv.shape[3]
     o = x.new_empty(rows, heads * head_dim)
     factor = None if decay is None else decay.exp()
     extension().decode_taylor(_at(x), _at(slots), _at(pool.positions), _at(pool.starts), _at(kv), _at(z), _at(recent),
-                              _at(factor), _at(o), rows, heads, feature_dim, head_dim, feature_dim ** -0.5, _stream())
+                              _at(factor), _at(o), rows, heads, feature_dim, head_dim, feature_dim ** -0.5,
+                              *norm, _stream())
     return o
 
 
@@ -203,14 +233,14 @@ def settled(pool: Any, slots: Tensor, kv: Tensor, z: Tensor, recent: Tensor, dec
 
 
 def attention_step(x: Tensor, slots: Tensor, positions: Tensor, rotation: Tensor, keys: Tensor, values: Tensor,
-                   head_dim: int) -> Tensor:
+                   head_dim: int, norm: Norm = NORMED) -> Tensor:
     rows, (heads, capacity, padded) = x.shape[0], keys.shape[1:]
     o = x.new_empty(rows, heads * head_dim)
     splits = max(1, min(SPLIT_BLOCKS // (rows * heads), capacity // SPLIT_KEYS))
     partial = torch.empty(rows, heads, splits, padded + 2, dtype=torch.float32, device=x.device) if splits > 1 else None
     extension().decode_attention(_at(x), _at(slots), _at(positions), _at(rotation), _at(keys), _at(values),
                                  _at(partial), _at(o), rows, heads, head_dim, padded, rotation.shape[-1], capacity,
-                                 splits, head_dim ** -0.5, _stream())
+                                 splits, head_dim ** -0.5, *norm, _stream())
     return o
 
 

@@ -53,37 +53,48 @@ class Pending:
         return Pending(self.out[rows], self.bias)
 
 
-def add_norm(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float) -> Tensor:
-    """The residual stream takes in what is pending; RMSNorm of it."""
+def add_norm(residual: Tensor, pending: Pending | None, eps: float) -> Tensor:
+    """The residual stream takes in what is pending; RMSNorm of it, whose weights are in the product that follows."""
     if pending is not None:
         residual += pending.out if pending.bias is None else pending.out + pending.bias
-    return F.rms_norm(residual, residual.shape[-1:], norm_weight.to(residual.dtype), eps).to(norm_weight.dtype)
+    return F.rms_norm(residual, residual.shape[-1:], eps=eps)
 
 
-def norm_linear(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor, *,
+def norm_linear(residual: Tensor, pending: Pending | None, eps: float, weight: Tensor, *,
                 swiglu: bool = False) -> Tensor:
     """`add_norm`, times weightᵀ. swiglu: weight is [gate; value], and silu(gate) ∘ value."""
-    y = F.linear(add_norm(residual, pending, norm_weight, eps), weight)
+    y = F.linear(add_norm(residual, pending, eps).to(weight.dtype), weight)
     if not swiglu:
         return y
     gate, value = y.chunk(2, -1)
     return F.silu(gate) * value
 
 
-def norm_conv_step(residual: Tensor, pending: Pending | None, norm_weight: Tensor, eps: float, weight: Tensor,
-                   bias: Tensor, conv: Tensor, slots: Tensor, carry: Tensor) -> Tensor:
-    """`norm_linear`, then `conv_step` on its result."""
-    return conv_step(norm_linear(residual, pending, norm_weight, eps, weight), bias, conv, slots, carry)
+def norm_conv_step(residual: Tensor, pending: Pending | None, eps: float, weight: Tensor, bias: Tensor, conv: Tensor,
+                   out_bias: Tensor, slots: Tensor, carry: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`norm_linear`, then `conv_step` on its result, and out_bias; None where the residual stream has that already."""
+    return conv_step(norm_linear(residual, pending, eps, weight), bias, conv, slots, carry), out_bias
+
+
+def norm_taylor_step_(residual: Tensor, pending: Pending | None, eps: float, weight: Tensor, *arguments: Any) -> Tensor:
+    """`norm_linear`, then `taylor_step_` on its result."""
+    return taylor_step_(norm_linear(residual, pending, eps, weight), *arguments)
+
+
+def norm_attention_step(residual: Tensor, pending: Pending | None, eps: float, weight: Tensor,
+                        *arguments: Any) -> Tensor:
+    """`norm_linear`, then `attention_step` on its result."""
+    return attention_step(norm_linear(residual, pending, eps, weight), *arguments)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, next_norm: Tensor) -> Pending:
-    """x weightᵀ + bias on its way into the residual stream; next_norm: weights of the norm that reads the stream next.
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Pending:
+    """x weightᵀ + bias on its way into the residual stream.
 
-    Returns what that norm has to be given as `pending`: nothing where it is there already.
+    Returns what the next norm has to be given as `pending`: nothing where it is there already.
     """
     return Pending(F.linear(x, weight), bias)
 

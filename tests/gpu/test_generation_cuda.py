@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from based_mp.ops import backends, decode_torch
 from based_mp.ops.reference import taylor_feature_dim
-from tests.models import tiny_config
+from tests.models import as_trained, tiny_config
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.extension() is None, reason="needs a Hopper GPU and based_mp._C")
@@ -50,41 +50,45 @@ def double(pending):
 def test_norms_and_products(cuda, rows):
     """A wide layer, whose products are split over clusters, and a narrow one that fills no tile."""
     for d, f, dtype in ((1792, 3584, torch.bfloat16), (72, 200, torch.bfloat16), (72, 200, torch.float32)):
-        x, out, bias, norm = randn(rows, d, dtype=dtype), randn(rows, d), randn(d), randn(d).abs()
+        x, out, bias = randn(rows, d, dtype=dtype) * 3, randn(rows, d), randn(d)
         fc1, fc2, y = randn(2 * f, d) / d**0.5, randn(d, f) / f**0.5, randn(rows, f)
         for before in (None, decode_torch.Pending(out, None), decode_torch.Pending(out, bias)):
             for swiglu in (False, True):
                 a, b = x.clone(), x.double()
-                got = cuda.norm_linear(a, before, norm, 1e-5, fc1, swiglu=swiglu)
-                ref = decode_torch.norm_linear(b, double(before), norm.double(), 1e-5, fc1.double(), swiglu=swiglu)
+                got = cuda.norm_linear(a, before, 1e-5, fc1, swiglu=swiglu)
+                ref = decode_torch.norm_linear(b, double(before), 1e-5, fc1.double(), swiglu=swiglu)
                 assert error(got, ref) < 8e-3 and error(a, b) < 4e-3
         assert error(cuda.linear(y, fc2), y.double() @ fc2.double().T) < 4e-3
         for own in (None, bias):
             a, b = x.clone(), x.double()
-            pending = cuda.linear_add(y, fc2, own, a, norm)
-            kind = type(None) if rows <= cuda.FEW_ROWS else cuda.Scaled if rows <= cuda.MOST_ROWS else cuda.Pending
+            pending = cuda.linear_add(y, fc2, own, a)
+            many = cuda.Pending if own is not None or dtype == torch.float32 else type(None)
+            kind = type(None) if rows <= cuda.FEW_ROWS else cuda.Summed if rows <= cuda.MOST_ROWS else many
             assert isinstance(pending, kind)
-            ref = decode_torch.linear_add(y.double(), fc2.double(), None if own is None else own.double(), b, norm)
-            got = cuda.norm_linear(a, pending, norm, 1e-5, fc1)
-            assert error(got, decode_torch.norm_linear(b, ref, norm.double(), 1e-5, fc1.double())) < 8e-3
+            ref = decode_torch.linear_add(y.double(), fc2.double(), None if own is None else own.double(), b)
+            got = cuda.norm_linear(a, pending, 1e-5, fc1, swiglu=True)
+            assert error(got, decode_torch.norm_linear(b, ref, 1e-5, fc1.double(), swiglu=True)) < 8e-3
             assert error(a, b) < 4e-3
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("rows", [1, 2, 4, 33, 300])
-def test_convolution(cuda, taps, rows):
-    """With the norm and the product before it; one row is idle."""
-    d, c = 128, 200
+@pytest.mark.parametrize("rows, d, c", [(1, 128, 200), (2, 128, 200), (4, 128, 200), (33, 128, 200), (300, 128, 200),
+                                        (70, 2312, 4104), (70, 2312, 200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_convolution(cuda, taps, rows, d, c, dtype):
+    """With the norm and the product before it, and the bias after; one row is idle."""
     slots = torch.randperm(rows + 2, device="cuda")[:rows].int()
     slots[rows // 2] = -1 if rows > 1 else 2
     real = slots >= 0
-    x, norm, weight, bias, conv = randn(rows, d), randn(d).abs(), randn(2 * c, d) / d**0.5, randn(2 * c), randn(c, taps)
-    carry = randn(rows + 2, taps - 1, c)
-    a, b = carry.clone(), carry.float()
-    y = cuda.norm_conv_step(x, None, norm, 1e-5, weight, bias, conv, slots, a)
-    ref = decode_torch.norm_conv_step(*(t.float() if t is not None else None for t in (x[real], None, norm)), 1e-5,
-                                      weight.float(), bias.float(), conv.float(), slots[real], b)
+    x, weight, bias, conv = randn(rows, d, dtype=dtype) * 3, randn(2 * c, d) / d**0.5, randn(2 * c), randn(c, taps)
+    carry, out_bias = randn(rows + 2, taps - 1, c), randn(d)
+    a, b, stream = carry.clone(), carry.float(), x.clone()
+    y, left = cuda.norm_conv_step(stream, None, 1e-5, weight, bias, conv, out_bias, slots, a)
+    ref, _ = decode_torch.norm_conv_step(x[real].float(), None, 1e-5, weight.float(), bias.float(), conv.float(), None,
+                                         slots[real], b)
     assert error(y[real], ref) < 1e-2 and error(a, b) < 4e-3
+    added = rows > cuda.MOST_ROWS and dtype == torch.bfloat16
+    assert (left is None) == added and torch.equal(stream[real], (x + out_bias if added else x)[real])
     assert torch.equal(a[:, :-1][slots[real].long()], carry[:, 1:][slots[real].long()])
     rest = [i for i in range(rows + 2) if i not in slots.tolist()]
     assert torch.equal(a[rest], carry[rest])
@@ -130,6 +134,38 @@ def test_attention(cuda, slots, d, half, capacity):
     assert all(error(p, q) < 4e-3 for p, q in zip(got, ref, strict=True))
 
 
+def test_mixers_of_many_rows(cuda):
+    """The input product of more rows than MOST_ROWS takes the stream without its norm, whose factor the mixer finds."""
+    n, f, d, heads, window = 80, 16, 64, 2, 32
+    slots = torch.randperm(n + 2, device="cuda")[:n].int()
+    slots[7] = -1
+    real = slots >= 0
+    pool, log = Pool(100, slots=n + 2), torch.tensor([-0.1, -0.02], device="cuda")
+    pool.positions, pool.starts = pool.positions % 40, pool.starts % 40
+    rotation = decode_torch.rotations(pool.positions[slots.clamp(min=0).long()], torch.rand(d // 2, device="cuda"))
+    for width in (72, 2312, 4400):
+        x = randn(n, width) * 3
+        kv, z = randn(n + 2, heads, taylor_feature_dim(f), d, dtype=torch.float32), torch.rand(n + 2, heads, 153).cuda()
+        z[..., 0] += 300
+        a, b, recent = (kv.clone(), z.clone()), (kv.clone(), z.clone()), randn(n + 2, heads, cuda.RECENT, f + d)
+        weight = randn(heads * (2 * f + d), width) / width**0.5
+        y = cuda.norm_taylor_step_(x, None, 1e-5, weight, slots, pool, *a, recent, log, f)
+        ref = decode_torch.norm_taylor_step_(x[real].float(), None, 1e-5, weight.float(), slots[real], pool, *b, None,
+                                             log, f)
+        assert error(y[real], ref) < 1e-2
+        pool.positions += 1                                          # one token lies in `recent`
+        assert all(error(ours, theirs[slots[real].long()]) < 4e-3 for ours, theirs in
+                   zip(cuda.settled(pool, slots[real], *a, recent, log, f), b, strict=True))
+        pool.positions -= 1
+        keys, values = randn(2, n + 2, heads, window, d)
+        a, b = (keys.clone(), values.clone()), (keys.float(), values.float())
+        weight = randn(heads * 3 * d, width) / width**0.5
+        y = cuda.norm_attention_step(x, None, 1e-5, weight, slots, pool.positions, rotation, *a, d)
+        ref = decode_torch.norm_attention_step(x[real].float(), None, 1e-5, weight.float(), slots[real], pool.positions,
+                                               rotation[real], *b, d)
+        assert error(y[real], ref) < 1.2e-2 and all(error(p, q) < 4e-3 for p, q in zip(a, b, strict=True))
+
+
 class Pool:
     """What `embed_step` and `sample` read."""
 
@@ -164,10 +200,8 @@ def test_sampling(cuda, slots, options):
         a = Pool(50257, **options)
         torch.manual_seed(seed)
         b = Pool(50257, **options)
-        if seed % 2:                               # a block a row, where few rows have a cluster of blocks each
-            x, p = (t[:4] for t in cuda.sample(logits.repeat(5, 1), a, F.pad(rows, (0, 16), value=-1), 1))
-        else:
-            x, p = cuda.sample(logits, a, rows, 1)
+        idle = (0, 16, 96)[seed % 3]               # a cluster of 8 blocks a row, of 4, and a block
+        x, p = (t[:4] for t in cuda.sample(logits.repeat(1 + idle // 4, 1), a, F.pad(rows, (0, idle), value=-1), 1))
         y, q = decode_torch.sample(logits[real], b, rows[real], 1)
         same += (x[real] == y).sum().item()
         assert torch.equal(a.positions, b.positions) and (x[real] < 50257).all()
@@ -186,7 +220,7 @@ def pair(request):
     sizes = BASED if request.param == "based" else ATTENTION
     made = [tiny_config(model=sizes, training={"precision": p, "device": "cuda", "seq_length": 512})
             for p in ("bf16", "fp32")]
-    module, exact = (build_model(config).eval() for config in made)
+    module, exact = (as_trained(build_model(config).eval()) for config in made)
     exact.load_state_dict({name: weight.float() for name, weight in module.state_dict().items()})
     model = InferenceModel(module, made[0].model)
     assert model.ops.__name__.endswith("decode_cuda")
@@ -196,7 +230,8 @@ def pair(request):
 
 def decoded(model, tokens, cut, last):
     """Logits at every position: prefill, single tokens, and a prefill that continues."""
-    pool, slots = model.new_pool(8, tokens.shape[1]), [5, 2, 7]
+    slots = torch.randperm(len(tokens) + 5)[: len(tokens)].tolist()
+    pool = model.new_pool(len(tokens) + 5, tokens.shape[1])
     pool.reset(slots)
     rows = torch.tensor(slots, dtype=torch.int32, device="cuda")
 
@@ -212,13 +247,14 @@ def decoded(model, tokens, cut, last):
     return torch.cat([*out, part(last, tokens.shape[1])], 1).float()
 
 
-def test_as_exact_as_the_full_forward(pair):
+@pytest.mark.parametrize("rows, length", [(3, 400), (40, 120), (90, 120)])
+def test_as_exact_as_the_full_forward(pair, rows, length):
     """Against fp32, prefill + decode is no worse than the bf16 forward pass."""
     module, model, exact = pair
-    tokens = torch.randint(0, 120, (3, 400), device="cuda")
+    tokens = torch.randint(0, 120, (rows, length), device="cuda")
     with torch.no_grad():
         truth, full = (m(tokens, torch.zeros_like(tokens), None) for m in (exact, module))
-    got = decoded(model, tokens, 150, 300)
+    got = decoded(model, tokens, 3 * length // 8, 3 * length // 4)
     print(f"relative error: decode {error(got, truth):.2e}, full forward {error(full, truth):.2e}")
     assert error(got, truth) < 1.2 * error(full, truth) + 1e-3
     ours, theirs = ((x.argmax(-1) == truth.argmax(-1)).float().mean().item() for x in (got, full))
@@ -238,11 +274,12 @@ def test_long_decoding_does_not_drift(pair):
     assert 0 < first < 5e-2 and late < 1.3 * first + 2e-3
 
 
-def run(model, graphs, slots=8):
+def run(model, graphs, slots):
     from based_mp.inference.engine import Engine, Sequence
     from based_mp.inference.sampling import Sampling
     engine = Engine(model, 0, slots=slots, length=512, graphs=graphs, prefill_tokens=64)
-    sequences = [Sequence(list(range(1, 2 + 9 * i)), Sampling(40 - i, 0.9 * (i % 2), None, 0.95, i)) for i in range(11)]
+    sequences = [Sequence(list(range(1, 2 + 9 * (i % 11))), Sampling(40 - i % 11, 0.9 * (i % 2), None, 0.95, i))
+                 for i in range(slots + 3)]
     for sequence in sequences:
         engine.submit(sequence)
     while not engine.idle:
@@ -251,9 +288,10 @@ def run(model, graphs, slots=8):
     return sequences
 
 
-def test_graphs_equal_eager_bitwise(pair):
+@pytest.mark.parametrize("slots", [8, 100])
+def test_graphs_equal_eager_bitwise(pair, slots):
     """Sequences come and go through several batch sizes."""
-    eager, graphs = (run(pair[1], graphs) for graphs in (False, True))
+    eager, graphs = (run(pair[1], graphs, slots) for graphs in (False, True))
     assert all(a.tokens == b.tokens and a.logprobs == b.logprobs for a, b in zip(eager, graphs, strict=True))
     assert len({len(s.tokens) for s in graphs}) > 1
 

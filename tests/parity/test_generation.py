@@ -12,7 +12,7 @@ from based_mp.inference.text import TextStream
 from based_mp.ops import decode_cuda, decode_torch
 from based_mp.ops.reference import taylor_step
 from based_mp.parallel import state
-from tests.models import Letters, tiny_config
+from tests.models import Letters, as_trained, tiny_config
 
 LENGTHS = [1, 7, 65, 200]
 SIZES = {
@@ -34,7 +34,7 @@ def trained(request):
     state.initialize(device="cpu", seed=3)
     from based_mp.model.based_model import build_model
     config = tiny_config(model=SIZES[request.param] | {"init_std": 0.2})
-    module = build_model(config).eval()
+    module = as_trained(build_model(config).eval())
     yield module, InferenceModel(module, config.model)
     state.destroy()
 
