@@ -134,18 +134,20 @@ template <class L> struct Shared {
 // Rows [batch, seq, heads, width] as panels [batch][head][panel][token][16]; boxes of `columns` columns of `tokens` tokens. Read,
 // tokens past the end and columns past the width are zeros; written, they are dropped.
 inline bool make_panels(CUtensorMap* map, const TaylorArgs& p, const void* rows, const int64_t (&stride)[3], int width, int columns,
-                        int tokens = kChunk) {
+                        CUtensorMapL2promotion fetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B, int tokens = kChunk) {
     return make_map<5>(map, rows, {width < 16 ? width : 16, p.seq, (width + 15) / 16, p.heads, p.batch},
-                       {stride[1], 16, stride[2], stride[0]}, {16, tokens, columns / 16, 1, 1},
-                       CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+                       {stride[1], 16, stride[2], stride[0]}, {16, tokens, columns / 16, 1, 1}, CU_TENSOR_MAP_SWIZZLE_32B, fetch);
 }
 template <class L> inline bool make_maps(Maps& maps, const TaylorArgs& p) {
+    // A miss of the L2 cache brings 128 bytes where all of q | k | v, which lie side by side, is read, else 64.
+    const CUtensorMapL2promotion fetch = L::RowColumns || (L::WithRows && !p.reverse) ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                                                                                     : CU_TENSOR_MAP_L2_PROMOTION_L2_64B;
     auto values = [&](CUtensorMap& map, bool of_grad, int columns) {
         return of_grad ? make_panels(&map, p, p.grad_o, p.grad_stride, p.head_dim, columns)
-                       : make_panels(&map, p, p.v, p.stride, p.head_dim, columns);
+                       : make_panels(&map, p, p.v, p.stride, p.head_dim, columns, fetch);
     };
-    return make_panels(&maps.x, p, p.reverse ? p.q : p.k, p.stride, p.features, 16) &&
-           (!L::WithRows || make_panels(&maps.r, p, p.reverse ? p.k : p.q, p.stride, p.features, 16)) &&
+    return make_panels(&maps.x, p, p.reverse ? p.q : p.k, p.stride, p.features, 16, fetch) &&
+           (!L::WithRows || make_panels(&maps.r, p, p.reverse ? p.k : p.q, p.stride, p.features, 16, fetch)) &&
            values(maps.y, p.reverse, L::Columns) && (!L::RowColumns || values(maps.u, !p.reverse, L::RowColumns));
 }
 

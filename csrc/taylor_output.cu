@@ -150,7 +150,7 @@ template <int W> static int run(const TaylorArgs& p) {
     constexpr int rows = kBoxes<W> - Tiles<W>::bytes + kOutputWarps * kBox<W>;
     const dim3 grid(p.slots * ((p.head_dim + W - 1) / W), p.heads);
     CUtensorMap rows_out;
-    if (!make_panels(&rows_out, p, p.reverse ? p.dv : p.o, p.reverse ? p.d_stride : p.o_stride, p.head_dim, W, 16)) return (int)cudaErrorInvalidValue;
+    if (!make_panels(&rows_out, p, p.reverse ? p.dv : p.o, p.reverse ? p.d_stride : p.o_stride, p.head_dim, W, CU_TENSOR_MAP_L2_PROMOTION_NONE, 16)) return (int)cudaErrorInvalidValue;
     return launch_walk<Tiles<W>, rows>(p.reverse ? output<W, true> : output<W, false>, grid, kThreads, p, rows_out);
 }
 extern "C" int taylor_output(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kColumns<kD>>(*p)) }

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from based_mp.ops import products
 from based_mp.ops.backends import extension
 from based_mp.ops.decode_torch import Pending, conv_run, embed, rotations
 from based_mp.ops.reference import TaylorState, taylor_features
@@ -133,8 +133,8 @@ def _normed_product(kind: int, residual: Tensor, pending: Pending | Summed | Non
 def _many_rows(residual: Tensor, pending: Pending | None, eps: float, weight: Tensor) -> tuple[Tensor, Norm]:
     """The product of more than MOST_ROWS rows, by cuBLAS, and what is left of the norm for the kernel that takes it."""
     if pending is None and residual.dtype == weight.dtype:
-        return F.linear(residual, weight), (_at(residual), residual.shape[1], eps)
-    return F.linear(_add_norm(residual, pending, eps), weight), NORMED
+        return products.linear(residual, weight), (_at(residual), residual.shape[1], eps)
+    return products.linear(_add_norm(residual, pending, eps), weight), NORMED
 
 
 def _input(residual: Tensor, pending: Pending | Summed | None, eps: float, weight: Tensor) -> tuple[Tensor, Norm]:
@@ -149,7 +149,7 @@ def norm_linear(residual: Tensor, pending: Pending | Summed | None, eps: float, 
     if residual.shape[0] <= MOST_ROWS:
         return _normed_product(SWIGLU if swiglu else PLAIN, residual, pending, eps, weight)
     if not swiglu:
-        return F.linear(_add_norm(residual, pending, eps), weight)
+        return products.linear(_add_norm(residual, pending, eps), weight)
     x, norm = _many_rows(residual, pending, eps, weight)
     rows, columns = x.shape
     y = weight.new_empty(rows, columns // 2)
@@ -184,7 +184,7 @@ def norm_attention_step(residual: Tensor, pending: Pending | Summed | None, eps:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[0] > MOST_ROWS:
-        return F.linear(x, weight)
+        return products.linear(x, weight)
     if x.shape[0] > FEW_ROWS:
         return _product(PLAIN, x, weight)
     y = weight.new_empty(x.shape[0], weight.shape[0])
@@ -195,7 +195,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Pending | Summed | None:
     if x.shape[0] > MOST_ROWS:
         if bias is not None or residual.dtype != x.dtype:          # cuBLAS adds neither
-            return Pending(F.linear(x, weight), bias)
+            return Pending(products.linear(x, weight), bias)
         residual.addmm_(x, weight.T)
         return None
     if x.shape[0] > FEW_ROWS:

@@ -128,3 +128,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return torch.mm(a, b, out=out)
     plan.run(a, b, out)
     return out
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weightᵀ [rows, out] of x [rows, in] and weight [out, in]."""
+    return multiply(x, weight.t(), x.new_empty(x.shape[0], weight.shape[0]))
