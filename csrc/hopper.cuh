@@ -128,6 +128,10 @@ __device__ __forceinline__ uint64_t operand(uint32_t at, int k_distance, int oth
 __device__ __forceinline__ uint64_t swizzled(uint32_t at, int panel = 16) {
     return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
 }
+// The operand `bytes` further on: one addition, where making it anew takes four.
+__device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
+    return (operand & 0xffffffff00000000ull) | ((uint32_t)operand + (uint32_t)(bytes >> 4));
+}
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Pending> __device__ __forceinline__ void wgmma_wait() {

@@ -294,13 +294,14 @@ template <int N, bool Reverse> struct State {
     // nobody reads them.
     template <class L> __device__ __forceinline__ void add(const Shared<L>& m, int n) {
         const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-        const uint32_t y = m.stage(n / 2) + L::y + n % 2 * kHalf * 32, f = m.features(n) + group * 8 * kFeaturePlane;
+        const uint64_t y = panel(m.stage(n / 2) + L::y + n % 2 * kHalf * 32);
+        const uint64_t f = operand(m.features(n) + group * 8 * kFeaturePlane, 128, kFeaturePlane);
         barrier_wait(m.made(n), Shared<L>::half_parity(n));
         wgmma_begin();
         #pragma unroll
         for (int term = 0; term < L::Terms; ++term)
             #pragma unroll
-            for (int step = 0; step < kHalf / 16; ++step) add_product(f + term * kFeatures + step * 256, y + step * 512);
+            for (int step = 0; step < kHalf / 16; ++step) add_product(further(f, term * kFeatures + step * 256), further(y, step * 512));
         wgmma_commit();
     }
     // Both halves of chunk i.
@@ -320,12 +321,11 @@ template <int N, bool Reverse> struct State {
     }
 
     // sum += f y, in two pieces where one instruction would need more registers than a thread starts with.
-    __device__ __forceinline__ void add_product(uint32_t f, uint32_t y) {
+    __device__ __forceinline__ void add_product(uint64_t f, uint64_t y) {
         constexpr int First = N > 72 ? (N - 8) / 32 * 16 : 0;
-        const uint64_t a = operand(f, 128, kFeaturePlane);
         if constexpr (First)
-            Wgmma<First>::template ss<1, 1>(reinterpret_cast<float (&)[First / 2]>(sum), a, panel(y), 1);
-        Wgmma<N - First>::template ss<1, 1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), a, panel(y + First / 16 * kPanel), 1);
+            Wgmma<First>::template ss<1, 1>(reinterpret_cast<float (&)[First / 2]>(sum), f, y, 1);
+        Wgmma<N - First>::template ss<1, 1>(reinterpret_cast<float (&)[(N - First) / 2]>(sum[First / 2]), f, further(y, First / 16 * kPanel), 1);
     }
 
     // The weighted state as bf16 operand; `last`: its last column also in fp32.
@@ -416,11 +416,11 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
 // The 16 values of rows g and g + 8 of this warp's 16 rows, rotated by 2t: x[m] holds elements 2t + 2m and 2t + 2m + 1.
 // `rows`: a panel at the warp's first row.
 __device__ __forceinline__ void load_rows(uint32_t (&x0)[8], uint32_t (&x1)[8], uint32_t rows) {
-    const int lane = threadIdx.x & 31, t = lane & 3;
+    const int lane = threadIdx.x & 31, first = in_panel(lane >> 2, 0) + (lane & 3) * 4;      // its place in 32 bytes, in which they go round
+    const uint32_t row = rows + (first & ~31);
     #pragma unroll
     for (int m = 0; m < 8; ++m) {
-        const int c = (2 * t + 2 * m) & 15;
-        const uint32_t at = rows + in_panel(lane >> 2, c >> 3) + (c & 7) * 2;
+        const uint32_t at = row + (first + 4 * m & 31);
         x0[m] = load_shared(at);
         x1[m] = load_shared(at + 256);
     }

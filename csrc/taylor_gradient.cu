@@ -106,18 +106,18 @@ __device__ __forceinline__ void add_column(float (&dx)[8], const uint32_t (&x)[4
 
 // The gradient that comes through the published state, Features rows of it at a time: the next ones are multiplied while
 // those before go through the features' derivatives.
-// u: rows of the wide operand, whose last column is 1 backwards, taken to be 0 forwards. products: forwards, the lane's part of
+// u: operand of the wide rows, whose last column is 1 backwards, taken to be 0 forwards. products: forwards, the lane's part of
 // F(x) . d for rows g and g + 8; features of the second order come twice in x . (dF/dx)^T d.
 template <int D, int Features>
-__device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint32_t u, uint32_t state, int first) {
+__device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint64_t u, uint64_t state, int first) {
     wgmma_begin();
     #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-        Wgmma<Features>::ss(d, panel(u + k * kPanel), operand(state + first * 256 + k * 2 * kStatePlane, kStatePlane, 128), k > 0);
+        Wgmma<Features>::ss(d, further(u, k * kPanel), further(state, first * 256 + k * 2 * kStatePlane), k > 0);
     wgmma_commit();
 }
 template <int D, int Features, bool Reverse, int First>
-__device__ __forceinline__ void through_state(float (&dx)[8], float2& products, float (&d)[Features / 2], uint32_t u, uint32_t state, uint32_t last,
+__device__ __forceinline__ void through_state(float (&dx)[8], float2& products, float (&d)[Features / 2], uint64_t u, uint64_t state, uint32_t last,
                                               const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
     constexpr int Next = First + Features / 16;
     float next[Features / 2];
@@ -159,7 +159,8 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
         #pragma unroll 1
         for (int turn = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4; turn < 2; turn += Groups) {
             const int half = half_of(turn, i);
-            const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 32, u = at + L::u + half * 2048;
+            const uint32_t rows = at + L::r + (half * 64 + warp * 16) * 32;
+            const uint64_t u = panel(at + L::u + half * 2048);
             const bool work = half * 64 < valid;
             float dx[8] = {}, column[8] = {};        // column: forwards, of the last column, which is the gradient of den
             float2 products = {};                    // forwards, this lane's part of den grad_o . o for its two rows
@@ -169,9 +170,10 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                 if (work) {
                     uint32_t x0[8], x1[8];
                     float d[Shape<D>::Features / 2];
-                    multiply_state<D, Shape<D>::Features>(d, u, m.state(n), 0);
+                    const uint64_t state = operand(m.state(n), kStatePlane, 128);
+                    multiply_state<D, Shape<D>::Features>(d, u, state, 0);
                     load_rows(x0, x1, rows);
-                    through_state<D, Shape<D>::Features, Reverse, 0>(dx, products, d, u, m.state(n), m.state(n) + L::last, x0, x1, m.base + L::bytes);
+                    through_state<D, Shape<D>::Features, Reverse, 0>(dx, products, d, u, state, m.state(n) + L::last, x0, x1, m.base + L::bytes);
                     if (!Reverse) {
                         uint32_t own[4];
                         load_own(own, rows);
@@ -187,11 +189,11 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                 #pragma unroll 1
                 for (int key = first; key < last; key += Keys) {
                     float x[Keys / 2], d[Keys / 2] = {};
+                    const uint64_t keys = panel(at + L::x + key * 32);
                     wgmma_begin();
-                    Wgmma<Keys>::template rs<0>(x, own, panel(at + L::x + key * 32), 0);
+                    Wgmma<Keys>::template rs<0>(x, own, keys, 0);
                     #pragma unroll
-                    for (int k = 0; k < D / 16; ++k)
-                        Wgmma<Keys>::ss(d, panel(u + k * kPanel), panel(at + L::y + key * 32 + k * kPanel), 1);
+                    for (int k = 0; k < D / 16; ++k) Wgmma<Keys>::ss(d, further(u, k * kPanel), further(keys, L::y - L::x + k * kPanel), 1);
                     wgmma_commit();
                     wgmma_wait<0>();
                     // Of the first two tokens' gradients little is left, which would drown in the rounding of what cancels: their
@@ -232,9 +234,8 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                     wgmma_begin();
                     #pragma unroll
                     for (int k = 0; k < Keys / 16; ++k) {
-                        const uint64_t keys = panel(at + L::x + key * 32 + k * 512);
-                        Wgmma<16>::rs<1>(dx, a[k], keys, 1);
-                        if (!Reverse) Wgmma<16>::rs<1>(column, b[k], keys, 1);
+                        Wgmma<16>::rs<1>(dx, a[k], further(keys, k * 512), 1);
+                        if (!Reverse) Wgmma<16>::rs<1>(column, b[k], further(keys, k * 512), 1);
                     }
                     wgmma_commit();
                     wgmma_wait<0>();

@@ -49,14 +49,14 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensor
                 }
                 uint32_t a[4][4];
                 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    pack_operand(a[k], w, k);
-                    mask_operand<Reverse>(a[k], (block - half) * 4 + k - warp, triangle);
-                }
+                for (int k = 0; k < 4; ++k) pack_operand(a[k], w, k);
+                if (block == half)
+                    #pragma unroll
+                    for (int k = 0; k < 4; ++k) mask_operand<Reverse>(a[k], k - warp, triangle);
+                const uint64_t y = panel(at + L::y + block * 2048);
                 wgmma_begin();
                 #pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    Wgmma<N>::template rs<1>(acc, a[k], panel(at + L::y + block * 2048 + k * 512), k > 0 || block > from);
+                for (int k = 0; k < 4; ++k) Wgmma<N>::template rs<1>(acc, a[k], further(y, k * 512), k > 0 || block > from);
                 wgmma_commit();
                 wgmma_wait<0>();
             }
@@ -65,6 +65,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensor
             if (work) {
                 uint32_t x0[8], x1[8], a[5][4];
                 load_rows(x0, x1, rows);
+                const uint64_t state = operand(m.state(n), 128, kStatePlane);
                 #pragma unroll
                 for (int first = 0; first < kTiles; first += 5) {
                     #pragma unroll
@@ -73,7 +74,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensor
                     wgmma_begin();
                     #pragma unroll
                     for (int j = 0; j < 5; ++j)
-                        Wgmma<N>::template rs<1>(acc, a[j], operand(m.state(n) + (first + j) * 256, 128, kStatePlane), 1);
+                        Wgmma<N>::template rs<1>(acc, a[j], further(state, (first + j) * 256), 1);
                     wgmma_commit();
                 }
                 wgmma_wait<0>();
