@@ -5,6 +5,7 @@
     python benchmarks/train_throughput.py --quick             # 360m pair, 12 steps
     python benchmarks/train_throughput.py --config based_360m attention_360m --length 2048 16384
     python benchmarks/train_throughput.py --config based_360m --profile
+    python benchmarks/train_throughput.py --largest           # micro-batch of every configuration
     python benchmarks/train_throughput.py --curve 300 --data PREFIX    # losses beside those of plain torch
 
 Every row is a run of its own with full optimizer steps. Tokens/s: median over the steps after the first five. MFU:
@@ -34,7 +35,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from based_mp.config import load_config  # noqa: E402
-from based_mp.estimate import flops_per_token  # noqa: E402
+from based_mp.estimate import GIB, flops_per_token, memory_per_gpu  # noqa: E402
 from benchmarks.record import git_commit  # noqa: E402
 from benchmarks.timing import matmul_rate  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
@@ -143,6 +144,38 @@ def profile(config: str, arguments: list[str]) -> str:
                       "|---|---|---|", *rows, "largest of the element-wise, copies and other:", *largest])
 
 
+def largest(fits: Callable[[int], bool], estimate: int) -> int:
+    """The largest micro-batch that fits, looked for from two thirds of an estimate on; 0 where none does."""
+    low, high, size = 0, None, max(1, estimate * 2 // 3)   # low fits, high does not
+    while high is None or high - low > 1:
+        if fits(size):
+            low = size
+        else:
+            high = size
+        size = max(estimate, low + 1) if high is None else (low + high) // 2
+    return low
+
+
+def print_largest(config: str, arguments: Callable[[int], list[str]]) -> None:
+    """Of one configuration, beside the estimate of `launch/pretrain.py --dry-run` for this GPU's memory."""
+    memory, peaks = torch.cuda.get_device_properties(0).total_memory, {}
+
+    def bytes_of(size: int) -> float:
+        return sum(memory_per_gpu(load_config(REPO / f"configs/{config}.yaml", arguments(size)), 1).values())
+
+    def fits(size: int) -> bool:
+        result = train(config, arguments(size))
+        if "error" in result and result["error"] != "out of memory":
+            raise SystemExit(f"micro-batch {size} of {config} failed:\n{result['error']}")
+        peaks[size] = result.get("memory_gib")
+        return peaks[size] is not None
+
+    estimate = int((memory - bytes_of(1)) / (bytes_of(2) - bytes_of(1))) + 1
+    found = largest(fits, estimate)
+    peak, estimated = peaks.get(found) or 0, bytes_of(found or 1) / GIB
+    print(f"| {config} | {estimate} | {found} | {peak:.1f} GiB | {estimated:.1f} GiB |", flush=True)
+
+
 def curve(arguments: Callable[[int, int], list[str]], micro: int, accumulation: int, events: str | None) -> None:
     """Losses of based_360m with the kernels, in plain torch, with the kernels on the same batches in halves (as far as
     rounding alone goes), and with fp8 products: means of 50 steps, and the largest differences of means of ten."""
@@ -180,6 +213,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="based_360m and attention_360m, 12 steps")
     parser.add_argument("--no-gate", action="store_true", help="the losses were checked at this commit already")
     parser.add_argument("--profile", action="store_true", help="GPU time by kernel group of the first configuration")
+    parser.add_argument("--largest", action="store_true", help="only find the largest micro-batches")
     parser.add_argument("--curve", type=int, metavar="STEPS", help="losses of based_360m, also in plain torch and fp8")
     parser.add_argument("--tensorboard", metavar="FOLDER", help="events of --curve's runs, for learning_curves.py")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="further overrides")
@@ -204,6 +238,11 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
     if args.profile:
         name, length = args.config[0], args.length[0]
         print(profile(name, overrides(data, cache, 8, length, micro(name, length), 1, "data.num_workers=0", *more)))
+        return
+    if args.largest:
+        print("| configuration | micro-batch by the estimate | found | peak | estimated |\n|---|---|---|---|---|")
+        for name in args.config:
+            print_largest(name, lambda size: overrides(data, cache, 3, args.length[0], size, 1, *more))
         return
     if args.curve:
         curve(lambda *sizes: overrides(data, cache, args.curve, args.length[0], *sizes, *more), args.micro_batch or 8,
