@@ -66,8 +66,12 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> str | Non
     return _unusable(q.device)
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and _capability(device.index or 0)[0] == 9
+
+
 def _unusable(device: torch.device) -> str | None:
-    if _capability(device.index or 0)[0] != 9:
+    if not is_hopper(device):
         return "the kernels are built for Hopper (compute capability 9.0)"
     if extension() is None:
         return "based_mp._C was not built (BASED_MP_CUDA=1 pip install --no-build-isolation -e .)"
