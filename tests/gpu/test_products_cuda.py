@@ -5,8 +5,7 @@ import torch
 
 from based_mp.ops import products
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def rows(count, width, pitch, offset=0):
