@@ -39,6 +39,14 @@ class Products:
         multiply(operand[0], self.weight.detach(), out)
 
 
+def _multiplied(multiply: Callable[[Operand, Tensor], None], operand: Operand, tokens: torch.Size, width: int,
+                dtype: torch.dtype) -> Tensor:
+    """A product [*tokens, width]."""
+    out = torch.empty(*tokens, width, dtype=dtype, device=operand[0].device)
+    multiply(operand, out.flatten(0, -2))
+    return out
+
+
 def _multiply_gathered(own: Operand, multiply: Callable[[Operand, Tensor], None], width: int, dtype: torch.dtype,
                        group: dist.ProcessGroup) -> tuple[Tensor, list[tuple[int, Operand]]]:
     """The product of all ranks' rows [ranks · rows, width], and each other rank with its rows."""
@@ -58,9 +66,7 @@ def _multiply_scattered(operand: Operand, multiply: Callable[[Operand, Tensor], 
     parts = list(zip(*(t.unflatten(0, (group.size(), -1)) for t in operand), strict=True))
 
     def product(rank: int) -> Tensor:
-        out = torch.empty(parts[rank][0].shape[0], width, dtype=dtype, device=operand[0].device)
-        multiply(parts[rank], out)
-        return out
+        return _multiplied(multiply, parts[rank], parts[rank][0].shape[:1], width, dtype)
 
     others = sending(group, operand[0].device)
     for rank in others.targets:
@@ -80,13 +86,6 @@ def weight_gradient(x: Tensor, dy: Tensor, total: Tensor | None, *more: tuple[Te
     return None
 
 
-def _multiplied(multiply: Callable[[Operand, Tensor], None], operand: Operand, width: int, like: Tensor) -> Tensor:
-    """A product [tokens, width] with the dtype of `like` and its leading dimensions."""
-    out = torch.empty(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
-    multiply(operand, out.flatten(0, -2))
-    return out
-
-
 class _Whole(torch.autograd.Function):
     """x [s, b, in] → [s, b, out]. group: over which the gradient of x is summed, beside the product of the weight's."""
 
@@ -94,13 +93,13 @@ class _Whole(torch.autograd.Function):
     def forward(ctx, x, weight, products, total, group):
         ctx.save_for_backward(x)
         ctx.products, ctx.total, ctx.group = products, total, group
-        return _multiplied(products.forward, products.operand(x.flatten(0, -2)), weight.shape[0], x)
+        return _multiplied(products.forward, products.operand(x.flatten(0, -2)), x.shape[:-1], weight.shape[0], x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, = ctx.saved_tensors
         rows, summed = dy.flatten(0, -2).contiguous(), None
-        dx = _multiplied(ctx.products.backward, ctx.products.operand(rows), x.shape[-1], x)
+        dx = _multiplied(ctx.products.backward, ctx.products.operand(rows), x.shape[:-1], x.shape[-1], x.dtype)
         if ctx.group is not None:
             summed = dist.all_reduce(dx, group=ctx.group, async_op=True)
         dw = weight_gradient(x.flatten(0, -2), rows, ctx.total) if ctx.needs_input_grad[1] else None

@@ -67,6 +67,7 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> str | Non
 
 
 def is_hopper(device: torch.device) -> bool:
+    """Whether this is a GPU of compute capability 9."""
     return device.type == "cuda" and _capability(device.index or 0)[0] == 9
 
 

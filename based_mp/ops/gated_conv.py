@@ -13,7 +13,7 @@ from torch import Tensor
 from based_mp.ops import backends
 from based_mp.ops.gradient_sum import GradientSum
 
-STRIP = 128                    # tokens a part of the weight gradient (kStrip of csrc/gated_conv_backward.cu)
+STRIP = 128                   # tokens a part of the weight gradient (kStrip of csrc/gated_conv_backward.cu)
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

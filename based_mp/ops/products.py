@@ -108,7 +108,7 @@ def _plan(device: int, *shape: int) -> _Plan | None:
 
 def _chosen(a: Tensor, b: Tensor, out: Tensor) -> _Plan | None:
     """None where torch is to multiply."""
-    if backends.TORCH_ONLY or a.shape[1] > LONGEST_INNER or not backends.is_hopper(a.device):
+    if backends.TORCH_ONLY or not backends.is_hopper(a.device):
         return None
     for x, inner_stride in ((a, a.stride(1)), (b, min(b.stride())), (out, out.stride(1))):
         fits = x.data_ptr() % ALIGNMENT == 0 and max(x.stride()) * x.element_size() % ALIGNMENT == 0
