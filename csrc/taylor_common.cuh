@@ -471,6 +471,92 @@ template <bool Reverse> __device__ __forceinline__ uint32_t causal_triangle() {
 // The chunk's half that an output warpgroup makes in its turn of step i: halves differ in work, so two groups swap them.
 __device__ __forceinline__ int half_of(int turn, int i) { return turn ^ (i & 1); }
 
+// What 64 rows receive inside the chunk: sum += w y over its columns up to a row's own (Reverse: w / den, from its own on). `own`: the
+// warp's rows as left operand. `nothing`: sum holds nothing yet.
+template <class L, bool Reverse, int N>
+__device__ __forceinline__ void add_inside(float (&sum)[N], const TaylorArgs& p, uint32_t stage, int half, int valid, const uint32_t (&own)[4],
+                                           uint32_t triangle, bool nothing) {
+    const int warp = threadIdx.x >> 5 & 3, t = threadIdx.x & 3;
+    const int from = Reverse ? half : 0, last = Reverse ? (valid + 63) / 64 : half + 1;
+    #pragma unroll 1
+    for (int block = from; block < last; ++block) {
+        float w[32];
+        wgmma_begin();
+        Wgmma<64>::rs<0>(w, own, panel(stage + L::x + block * 2048), 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        #pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            float4 factor;                           // {1 / den, .} of two columns
+            if (Reverse) factor = load_shared4(stage + L::factors + (block * 64 + c * 8 + 2 * t) * 8);
+            #pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                float& x = w[4 * c + e];
+                x = fmaf(x, fmaf(x, 0.5f * p.scale * p.scale, p.scale), 1.f);
+                if (Reverse) x *= e & 1 ? factor.z : factor.x;
+            }
+        }
+        uint32_t a[4][4];
+        #pragma unroll
+        for (int k = 0; k < 4; ++k) pack_operand(a[k], w, k);
+        if (block == half)
+            #pragma unroll
+            for (int k = 0; k < 4; ++k) mask_operand<Reverse>(a[k], k - warp, triangle);
+        const uint64_t y = panel(stage + L::y + block * 2048);
+        wgmma_begin();
+        #pragma unroll
+        for (int k = 0; k < 4; ++k) Wgmma<2 * N>::template rs<1>(sum, a[k], further(y, k * 512), !nothing || k > 0 || block > from);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+}
+// What they receive through the n-th published state: sum += F(x) G S. `rows`: as load_rows takes them.
+template <class L, int N>
+__device__ __forceinline__ void add_through_state(float (&sum)[N], const Shared<L>& m, int n, uint32_t rows) {
+    uint32_t x0[8], x1[8], a[5][4];
+    load_rows(x0, x1, rows);
+    const uint64_t state = operand(m.state(n), 128, kStatePlane);
+    #pragma unroll
+    for (int first = 0; first < kTiles; first += 5) {
+        #pragma unroll
+        for (int j = 0; j < 5; ++j) features(a[j], x0, x1, first + j);
+        if (first == 0) barrier_wait(m.published(n), Shared<L>::state_parity(n));
+        wgmma_begin();
+        #pragma unroll
+        for (int j = 0; j < 5; ++j)
+            Wgmma<2 * N>::template rs<1>(sum, a[j], further(state, (first + j) * 256), 1);
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+}
+// 16 rows of bf16, W columns from `column` on, go out from a warp's accumulators, rows g times f0 and g + 8 times f1: as a box, gathered at
+// `box` (W / 16 panels of 16 rows, swizzled as those that are loaded; the caller sees to it that the box before has left), or
+// by the lanes where `others`, rows of the next document, follow the `valid` ones.
+template <int W, int N>
+__device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t box, const TaylorArgs& p, void* tensor, const int64_t* stride,
+                                           const Segment& s, int head, int column, int token, int valid, bool others, const float (&x)[N], float f0, float f1) {
+    const int lane = threadIdx.x & 31, row = lane >> 2;
+    auto top = [&](int c) { return pack(x[4 * c] * f0, x[4 * c + 1] * f0); };
+    auto bottom = [&](int c) { return pack(x[4 * c + 2] * f1, x[4 * c + 3] * f1); };
+    if (!others) {                                   // rows past the tensor's end are dropped
+        #pragma unroll
+        for (int c = 0; c < W / 8; c += 2)
+            stsm4(box + c * 256 + in_panel(lane & 15, lane >> 4), top(c), bottom(c), top(c + 1), bottom(c + 1));
+        fence_for_tensor_cores();
+        __syncwarp();
+        if (lane == 0) store_box(&map, box, 0, token, column / 16, head, s.batch);
+        bulk_stores_commit();
+        return;
+    }
+    bf16* to = token_row(tensor, stride, s.batch, token + row, head) + column + (lane & 3) * 2;
+    #pragma unroll
+    for (int c = 0; c < W / 8; ++c) {
+        if (column + c * 8 >= p.head_dim) break;
+        if (row < valid) *reinterpret_cast<uint32_t*>(to + c * 8) = top(c);
+        if (row + 8 < valid) *reinterpret_cast<uint32_t*>(to + 8 * stride[1] + c * 8) = bottom(c);
+    }
+}
+
 template <typename... P, typename... A>
 inline int launch(void (*kernel)(P...), dim3 grid, int threads, int bytes, void* stream, const A&... args) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

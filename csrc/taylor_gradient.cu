@@ -9,6 +9,7 @@ using namespace taylor;
 
 // How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
 template <int D> struct Shape {
+    static constexpr bool Values = D <= 64;          // dv beside dk
     static constexpr int Groups = D <= 64 ? 2 : 1, Makers = D <= 64 ? 128 : 64;     // threads that make features
     // Whole warpgroups, for their registers: beside the warp that loads, others idle.
     static constexpr int Loader = kStateWarps + Groups * 4 + Makers / 32, Threads = (Loader + 4) / 4 * 128;
@@ -146,8 +147,10 @@ __device__ __forceinline__ void through_state(float (&dx)[8], float2& products, 
 }
 
 template <int D, bool Reverse>
-__device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segment& s, int head, const Shared<typename Shape<D>::Tiles>& m) {
+__device__ __forceinline__ void make_gradients(const TaylorArgs& p, const CUtensorMap& values_out, const Segment& s, int head,
+                                               const Shared<typename Shape<D>::Tiles>& m) {
     using L = typename Shape<D>::Tiles;
+    constexpr bool Values = Reverse && Shape<D>::Values;
     constexpr int Keys = Reverse ? Shape<D>::Keys : 32, Groups = Shape<D>::Groups;
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
@@ -180,7 +183,11 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                         add_column(column, own, m.state(n) + L::last);
                     }
                 }
-                if (turn + Groups >= 2) warp_arrive(m.released(n));
+                if (!Values && turn + Groups >= 2) warp_arrive(m.released(n));
+            }
+            if (Values && i > 0) {                   // dv of the chunk before has left
+                bulk_stores_read();
+                warp_arrive(m.empty(i - 1));
             }
             if (work) {
                 uint32_t own[4];
@@ -244,11 +251,11 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
             float inverse[2];                        // forwards, 1 / den of the two rows
             #pragma unroll
             for (int side = 0; side < 2; ++side) inverse[side] = load_shared2(at + L::factors + (half * 64 + warp * 16 + (lane >> 2) + side * 8) * 8).x;
-            if (turn + Groups >= 2) warp_arrive(m.empty(i));
-            if (!work) continue;
+            if (!Values && turn + Groups >= 2) warp_arrive(m.empty(i));
             #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const int row = half * 64 + warp * 16 + (lane >> 2) + side * 8;
+                if (!work) break;
                 float factor = 1.f, dot = 0.f;       // 1 / den and grad_o . o - bias
                 if (!Reverse) {
                     dot = side ? products.y : products.x;
@@ -265,12 +272,30 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const Segmen
                 *reinterpret_cast<uint32_t*>(to) = two(2 * side);
                 if (p.features > 8) *reinterpret_cast<uint32_t*>(to + 8) = two(4 + 2 * side);
             }
+            if constexpr (Values) {
+                float dv[D / 2] = {};
+                if (work) {
+                    uint32_t own[4];
+                    load_own(own, rows);
+                    add_inside<L, Reverse>(dv, p, at, half, valid, own, triangle, false);
+                    if (n >= 0) add_through_state(dv, m, n, rows);
+                }
+                if (n >= 0) warp_arrive(m.released(n));
+                if (!work) continue;
+                // The group is done with its half of the wide rows: dv leaves from there, the stage is free when it has.
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + turn) : "memory");
+                const int first = half * 64 + warp * 16;
+                store_rows<D>(values_out, at + L::u + warp * kPanel + half * 2048, p, p.dv, p.d_stride, s, head, 0, s.first + begin + first, valid - first,
+                              valid < kChunk && s.end < p.seq, dv, 1.f, 1.f);
+            }
         }
     }
+    if (Values) bulk_stores_done();
 }
 
 template <int D, bool Reverse>
-__global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_constant__ TaylorArgs p, const __grid_constant__ Maps maps,
+                                                                     const __grid_constant__ CUtensorMap values_out) {
     using L = typename Shape<D>::Tiles;
     extern __shared__ __align__(1024) char shared[];
     const Shared<L> m{address(shared)};
@@ -286,7 +311,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
         carry_state<L, Reverse>(p, s, blockIdx.x, blockIdx.y, 0, m);
     } else if (warp < kStateWarps + Shape<D>::Groups * 4) {
         registers_up<Shape<D>::Output>();
-        make_gradients<D, Reverse>(p, s, blockIdx.y, m);
+        make_gradients<D, Reverse>(p, values_out, s, blockIdx.y, m);
     } else {
         // Where both roles share a warpgroup they have the same registers.
         if (L::Makers == 64 || warp < Shape<D>::Loader) registers_down<Shape<D>::Feature>();
@@ -298,6 +323,9 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
 
 template <int D> static int run(const TaylorArgs& p) {
     const dim3 grid(p.slots, p.heads);
-    return launch_walk<typename Shape<D>::Tiles, kPermutations>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, p);
+    CUtensorMap values_out{};
+    if (p.reverse && Shape<D>::Values &&
+        !make_panels(&values_out, p, p.dv, p.d_stride, D, D, CU_TENSOR_MAP_L2_PROMOTION_NONE, 16)) return (int)cudaErrorInvalidValue;
+    return launch_walk<typename Shape<D>::Tiles, kPermutations>(p.reverse ? gradient<D, true> : gradient<D, false>, grid, Shape<D>::Threads, p, values_out);
 }
 extern "C" int taylor_gradient(const TaylorArgs* p) { HEAD_DIM_DISPATCH(p->head_dim, run<kD>(*p)) }

@@ -16,7 +16,7 @@ template <int W, bool Reverse>
 __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensorMap& rows_out, const Segment& s, int head, int column, const Shared<Tiles<W>>& m) {
     using L = Tiles<W>;
     constexpr int N = Reverse ? W : W + 8;       // backwards no denominator is wanted
-    const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
+    const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0) - kStateWarps / 4, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
     const uint32_t triangle = causal_triangle<Reverse>();
     for (int i = 0; i < chunks; ++i) {
@@ -25,97 +25,29 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensor
         const bool work = half * 64 < valid;
         float acc[N / 2];
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if (work) {                                  // inside the chunk
+        if (work) {
             uint32_t own[4];
             load_own(own, rows);
-            const int from = Reverse ? half : 0, last = Reverse ? (valid + 63) / 64 : half + 1;
-            #pragma unroll 1
-            for (int block = from; block < last; ++block) {
-                float w[32];
-                wgmma_begin();
-                Wgmma<64>::rs<0>(w, own, panel(at + L::x + block * 2048), 0);
-                wgmma_commit();
-                wgmma_wait<0>();
-                #pragma unroll
-                for (int c = 0; c < 8; ++c) {
-                    float4 factor;               // {1 / den, .} of two columns
-                    if (Reverse) factor = load_shared4(at + L::factors + (block * 64 + c * 8 + 2 * t) * 8);
-                    #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        float& x = w[4 * c + e];
-                        x = fmaf(x, fmaf(x, 0.5f * p.scale * p.scale, p.scale), 1.f);
-                        if (Reverse) x *= e & 1 ? factor.z : factor.x;
-                    }
-                }
-                uint32_t a[4][4];
-                #pragma unroll
-                for (int k = 0; k < 4; ++k) pack_operand(a[k], w, k);
-                if (block == half)
-                    #pragma unroll
-                    for (int k = 0; k < 4; ++k) mask_operand<Reverse>(a[k], k - warp, triangle);
-                const uint64_t y = panel(at + L::y + block * 2048);
-                wgmma_begin();
-                #pragma unroll
-                for (int k = 0; k < 4; ++k) Wgmma<N>::template rs<1>(acc, a[k], further(y, k * 512), k > 0 || block > from);
-                wgmma_commit();
-                wgmma_wait<0>();
-            }
+            add_inside<L, Reverse>(acc, p, at, half, valid, own, triangle, true);
         }
-        if (n >= 0) {                                // through the state before it
-            if (work) {
-                uint32_t x0[8], x1[8], a[5][4];
-                load_rows(x0, x1, rows);
-                const uint64_t state = operand(m.state(n), 128, kStatePlane);
-                #pragma unroll
-                for (int first = 0; first < kTiles; first += 5) {
-                    #pragma unroll
-                    for (int j = 0; j < 5; ++j) features(a[j], x0, x1, first + j);
-                    if (first == 0) barrier_wait(m.published(n), Shared<L>::state_parity(n));
-                    wgmma_begin();
-                    #pragma unroll
-                    for (int j = 0; j < 5; ++j)
-                        Wgmma<N>::template rs<1>(acc, a[j], further(state, (first + j) * 256), 1);
-                    wgmma_commit();
-                }
-                wgmma_wait<0>();
-            } else {
-                barrier_wait(m.published(n), Shared<L>::state_parity(n));
-            }
+        if (n >= 0) {
+            if (work) add_through_state(acc, m, n, rows);
+            else barrier_wait(m.published(n), Shared<L>::state_parity(n));
             warp_arrive(m.released(n));
         }
         warp_arrive(m.empty(i));
         if (!work) continue;
         const int first = half * 64 + warp * 16, token = s.first + begin + first, row = lane >> 2;
         const float den[2] = {acc[N / 2 - 4], acc[N / 2 - 2]};
-        const float f0 = Reverse ? 1.f : 1.f / den[0], f1 = Reverse ? 1.f : 1.f / den[1];
-        auto top = [&](int c) { return pack(acc[4 * c] * f0, acc[4 * c + 1] * f0); };
-        auto bottom = [&](int c) { return pack(acc[4 * c + 2] * f1, acc[4 * c + 3] * f1); };
-        if (!Reverse && t == 0 && column == 0) {
+        if (!Reverse && (lane & 3) == 0 && column == 0) {
             #pragma unroll
             for (int side = 0; side < 2; ++side)
                 if (first + row + side * 8 < valid) p.denominator[token_index(p, s.batch, token + row + side * 8, head)] = den[side];
         }
-        if (valid == kChunk || s.end == p.seq) {     // through shared memory: a box a warp, whose rows past the tensor's end are dropped
-            const uint32_t own_rows = m.base + kBoxes<W> + (group * 4 + warp) * kBox<W>;
-            bulk_stores_read();                      // that of the chunk before has left
-            __syncwarp();
-            #pragma unroll
-            for (int c = 0; c < W / 8; c += 2)
-                stsm4(own_rows + c * 256 + in_panel(lane & 15, lane >> 4), top(c), bottom(c), top(c + 1), bottom(c + 1));
-            fence_for_tensor_cores();
-            __syncwarp();
-            if (lane == 0) store_box(&rows_out, own_rows, 0, token, column / 16, head, s.batch);
-            bulk_stores_commit();
-        } else {                                     // the next document's rows follow
-            bf16* to = token_row(Reverse ? p.dv : p.o, Reverse ? p.d_stride : p.o_stride, s.batch, token + row, head) + column + t * 2;
-            const int64_t down = 8 * (Reverse ? p.d_stride : p.o_stride)[1];
-            #pragma unroll
-            for (int c = 0; c < W / 8; ++c) {
-                if (column + c * 8 >= p.head_dim) break;
-                if (first + row < valid) *reinterpret_cast<uint32_t*>(to + c * 8) = top(c);
-                if (first + row + 8 < valid) *reinterpret_cast<uint32_t*>(to + down + c * 8) = bottom(c);
-            }
-        }
+        bulk_stores_read();                          // that of the chunk before has left
+        __syncwarp();
+        store_rows<W>(rows_out, m.base + kBoxes<W> + (group * 4 + warp) * kBox<W>, p, Reverse ? p.dv : p.o, Reverse ? p.d_stride : p.o_stride, s, head,
+                      column, token, valid - first, valid < kChunk && s.end < p.seq, acc, Reverse ? 1.f : 1.f / den[0], Reverse ? 1.f : 1.f / den[1]);
     }
     bulk_stores_done();
 }

@@ -23,6 +23,7 @@ from based_mp.ops.reference import TaylorState, taylor_feature_dim
 CHUNK = 128            # tokens a block handles at a time (kChunk of csrc/taylor_common.cuh)
 ROWS = 160             # feature rows of a segment state in the work space
 SEGMENTS_WITHOUT_SCAN = 16
+VALUES_WITH_KEYS = 64  # head_dim up to which "gradient" makes dv beside dk (Shape::Values of csrc/taylor_gradient.cu)
 BLOCKS = 132           # blocks that fill an H100; a constant, so that shapes do not depend on the device
 
 
@@ -161,10 +162,16 @@ def taylor_backward(grad_o: Tensor, denominator: Tensor, space: Tensor, qkv: Ten
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot, "dqkv": dqkv}
     _launch(["gradient"], p, x, feature_dim, scale, space=space if space.numel() else None, **common)
     suffix = None if states == "none" else torch.empty(space_shape, **full)
-    names, walked, how = _kernels(states, p, o_shape[1], suffix)
-    _launch(names, walked, x, feature_dim, scale, reverse=True, kv_in=grad_kv, z_in=grad_z,
-            kv_out=dkv if want_state else None, z_out=dz if want_state else None, **common, **how)
-    _launch(["gradient"], p, x, feature_dim, scale, reverse=True, older=True, space=suffix, **common)
+    reverse = {"reverse": True, "kv_in": grad_kv, "z_in": grad_z, "kv_out": dkv if want_state else None,
+               "z_out": dz if want_state else None, **common}
+    if o_shape[-1] <= VALUES_WITH_KEYS:
+        before = {"none": [], "sums": ["segment_state"], "scan": ["segment_state", "scan"]}[states]
+        _launch([*before, "gradient"], p, x, feature_dim, scale, space=suffix, summed=states != "sums",
+                older=bool(before), **reverse)
+    else:
+        names, walked, how = _kernels(states, p, o_shape[1], suffix)
+        _launch(names, walked, x, feature_dim, scale, **reverse, **how)
+        _launch(["gradient"], p, x, feature_dim, scale, reverse=True, older=True, space=suffix, **common)
     return dqkv.to(qkv.dtype), dkv, dz
 
 
