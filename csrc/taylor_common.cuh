@@ -404,7 +404,7 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
             state.publish(m.state(n), m.state(n) + L::last, p.scale);
             warp_arrive(m.published(n));
         }
-        if (p.boundaries && at_boundary(begin))
+        if (!L::RowColumns && p.boundaries && at_boundary(begin))
             state.store(p, p.boundaries, slot * ((s.length + p.boundary - 1) / p.boundary) + begin / p.boundary, head, column);
         if (i + 1 == chunks) break;                  // nobody waits for the last stage: an arrival could end the phase of the one before
         state.update(m, i);

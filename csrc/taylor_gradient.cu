@@ -7,15 +7,18 @@
 #include "taylor_common.cuh"
 using namespace taylor;
 
-// How much fits: registers of the two roles, stages of the ring, width of the pieces that outputs are made in.
+// How much fits: registers of the roles, stages of the ring, width of the pieces that outputs are made in.
 template <int D> struct Shape {
-    static constexpr bool Values = D <= 64;          // dv beside dk
-    static constexpr int Groups = D <= 64 ? 2 : 1, Makers = D <= 64 ? 128 : 64;     // threads that make features
+    static constexpr bool Narrow = D <= 64, Wide = D > 112;
+    static constexpr bool Values = Narrow;           // dv beside dk
+    static constexpr int Groups = Narrow ? 2 : 1, Makers = Narrow ? 128 : 64;       // threads that make features
     // Whole warpgroups, for their registers: beside the warp that loads, others idle.
     static constexpr int Loader = kStateWarps + Groups * 4 + Makers / 32, Threads = (Loader + 4) / 4 * 128;
     // Registers of a thread by role: the sum over warpgroups is what a block starts with, 504 and 480.
-    static constexpr int State = D <= 64 ? 64 : 104, Output = 112, Feature = 56, Load = 32;
-    static constexpr int Keys = D <= 64 ? 64 : 32, Features = 32;
+    static constexpr int State = Narrow ? 64 : Wide ? 104 : 96, Output = Narrow || Wide ? 112 : 136, Feature = 56, Load = 32;
+    // Rows of the state, and keys, that are multiplied together: the more, the less often the rows on the left are read.
+    static constexpr int Features = Narrow || Wide ? 64 : 80;
+    template <bool Reverse> static constexpr int Keys = Reverse || !(Narrow || Wide) ? 64 : 32;
     using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Makers>;
 };
 
@@ -109,40 +112,42 @@ __device__ __forceinline__ void add_column(float (&dx)[8], const uint32_t (&x)[4
 // those before go through the features' derivatives.
 // u: operand of the wide rows, whose last column is 1 backwards, taken to be 0 forwards. products: forwards, the lane's part of
 // F(x) . d for rows g and g + 8; features of the second order come twice in x . (dF/dx)^T d.
-template <int D, int Features>
-__device__ __forceinline__ void multiply_state(float (&d)[Features / 2], uint64_t u, uint64_t state, int first) {
+template <int D, int Count>
+__device__ __forceinline__ void multiply_state(float (&d)[Count / 2], uint64_t u, uint64_t state, int first) {
     wgmma_begin();
     #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-        Wgmma<Features>::ss(d, further(u, k * kPanel), further(state, first * 256 + k * 2 * kStatePlane), k > 0);
+        Wgmma<Count>::ss(d, further(u, k * kPanel), further(state, first * 256 + k * 2 * kStatePlane), k > 0);
     wgmma_commit();
 }
-template <int D, int Features, bool Reverse, int First>
-__device__ __forceinline__ void through_state(float (&dx)[8], float2& products, float (&d)[Features / 2], uint64_t u, uint64_t state, uint32_t last,
+// How many rows are multiplied together from tile `first` on.
+__host__ __device__ constexpr int piece(int features, int first) { return features < kRows - first * 16 ? features : kRows - first * 16; }
+template <int D, int Features, bool Reverse, int First, int Count = piece(Features, First)>
+__device__ __forceinline__ void through_state(float (&dx)[8], float2& products, float (&d)[Count / 2], uint64_t u, uint64_t state, uint32_t last,
                                               const uint32_t (&x0)[8], const uint32_t (&x1)[8], uint32_t permutations) {
-    constexpr int Next = First + Features / 16;
-    float next[Features / 2];
+    constexpr int Next = First + Count / 16, NextCount = Next < kTiles ? piece(Features, Next) : 16;
+    float next[NextCount / 2];
     if constexpr (Next < kTiles) {
-        multiply_state<D, Features>(next, u, state, Next);
+        multiply_state<D, NextCount>(next, u, state, Next);
         wgmma_wait<1>();
     } else {
         wgmma_wait<0>();
     }
     if (Reverse)
         #pragma unroll
-        for (int n = 0; n < Features / 8; ++n) {
+        for (int n = 0; n < Count / 8; ++n) {
             const float2 z = load_shared2(last + (First * 16 + n * 8 + (threadIdx.x & 3) * 2) * 4);
             d[4 * n] += z.x; d[4 * n + 1] += z.y;
             d[4 * n + 2] += z.x; d[4 * n + 3] += z.y;
         }
     if (!Reverse && First == 0) products = row_products(d, x0, x1);
-    through_tiles<First, Features / 16>(dx, d, x0, x1, permutations);
+    through_tiles<First, Count / 16>(dx, d, x0, x1, permutations);
     if constexpr (Next < kTiles) {
         through_state<D, Features, Reverse, Next>(dx, products, next, u, state, last, x0, x1, permutations);
     } else if (!Reverse) {
         const float2 twice = row_products(dx, x0, x1);
-        products.x = 0.5f * (products.x + twice.x) + d[Features / 2 - 4];      // the constant feature's; 0 in lanes that do not hold it
-        products.y = 0.5f * (products.y + twice.y) + d[Features / 2 - 2];
+        products.x = 0.5f * (products.x + twice.x) + d[Count / 2 - 4];         // the constant feature's; 0 in lanes that do not hold it
+        products.y = 0.5f * (products.y + twice.y) + d[Count / 2 - 2];
     }
 }
 
@@ -151,7 +156,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const CUtens
                                                const Shared<typename Shape<D>::Tiles>& m) {
     using L = typename Shape<D>::Tiles;
     constexpr bool Values = Reverse && Shape<D>::Values;
-    constexpr int Keys = Reverse ? Shape<D>::Keys : 32, Groups = Shape<D>::Groups;
+    constexpr int Keys = Shape<D>::template Keys<Reverse>, Groups = Shape<D>::Groups;
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, t = lane & 3;
     const int chunks = chunk_count(s), skipped = p.space ? 0 : 1;
     const uint32_t triangle = causal_triangle<Reverse>();
@@ -303,26 +308,27 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     m.init(Shape<D>::Groups * 4, maps);
     if (!p.older) wait_for_kernel_before();
     Segment s;
-    if (!find_segment(p, blockIdx.x, s)) return;
+    const int slot = blockIdx.x % p.slots, head = blockIdx.x / p.slots;
+    if (!find_segment(p, slot, s)) return;
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {
         if constexpr (Shape<D>::State * Shape<D>::Threads <= 65536) registers_down<Shape<D>::State>();
         else registers_up<Shape<D>::State>();
-        carry_state<L, Reverse>(p, s, blockIdx.x, blockIdx.y, 0, m);
+        carry_state<L, Reverse>(p, s, slot, head, 0, m);
     } else if (warp < kStateWarps + Shape<D>::Groups * 4) {
         registers_up<Shape<D>::Output>();
-        make_gradients<D, Reverse>(p, values_out, s, blockIdx.y, m);
+        make_gradients<D, Reverse>(p, values_out, s, head, m);
     } else {
         // Where both roles share a warpgroup they have the same registers.
         if (L::Makers == 64 || warp < Shape<D>::Loader) registers_down<Shape<D>::Feature>();
         else registers_down<Shape<D>::Load>();
         if (warp < Shape<D>::Loader) make_features<L, Reverse>(s, chunk_count(s) - 1, m);
-        if (warp == Shape<D>::Loader) load_chunks<L, Reverse>(p, maps, s, blockIdx.y, 0, m);
+        if (warp == Shape<D>::Loader) load_chunks<L, Reverse>(p, maps, s, head, 0, m);
     }
 }
 
 template <int D> static int run(const TaylorArgs& p) {
-    const dim3 grid(p.slots, p.heads);
+    const int grid = p.slots * p.heads;
     CUtensorMap values_out{};
     if (p.reverse && Shape<D>::Values &&
         !make_panels(&values_out, p, p.dv, p.d_stride, D, D, CU_TENSOR_MAP_L2_PROMOTION_NONE, 16)) return (int)cudaErrorInvalidValue;
