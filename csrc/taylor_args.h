@@ -36,8 +36,8 @@ extern "C" {
 #endif
 int taylor_segment_state(const struct TaylorArgs*);     // sums of every segment: (k, v), or (q / den, grad_o) if reverse
 int taylor_scan(const struct TaylorArgs*);              // segment sums -> state before (behind, if reverse) each
-int taylor_output(const struct TaylorArgs*);            // o and denominator; dv if reverse
-int taylor_gradient(const struct TaylorArgs*);          // dq; dk if reverse
+int taylor_output(const struct TaylorArgs*);            // o and denominator; dv if reverse, for head_dim > 64
+int taylor_gradient(const struct TaylorArgs*);          // dq; dk, and dv for head_dim 64, if reverse
 #ifdef __cplusplus
 }
 #endif

@@ -1,8 +1,9 @@
 // Gradients of q and k, contractions over the value columns. With e_t = [grad_o_t | -(grad_o_t . o_t)] / den_t:
 //   forwards   dq_t = (dF/dq)^T G S e_t       + scale * sum_j (1 + s_tj) (e_t . [v_j | 1]) k_j, j <= t inside the chunk,
 //   backwards  dk_j = (dF/dk)^T G R [v_j | 1] + scale * sum_t (1 + s_tj) (e_t . [v_j | 1]) q_t, t >= j inside the chunk,
-// S and R the states before and behind the chunk (taylor_output.cu). Forwards the last column's part is kept apart until
-// grad_o_t . o_t is known, which comes out of the same products: F(q_t) G S [grad_o_t | 0] + sum_j w_tj grad_o_t . v_j over den_t.
+// and for head_dim 64 dv as in taylor_output.cu, whose R and whose chunk are the same. S and R are the states before and behind the
+// chunk. Forwards the last column's part is kept apart until grad_o_t . o_t is known, which comes out of the same products:
+// F(q_t) G S [grad_o_t | 0] + sum_j w_tj grad_o_t . v_j over den_t.
 // One block a (segment, head).
 #include "taylor_common.cuh"
 using namespace taylor;

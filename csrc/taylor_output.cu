@@ -1,6 +1,6 @@
 // Outputs that are sums of rows. Forwards, with S the state before the chunk, G the weights g_p, w = 1 + s + s^2/2:
 //   o_t = (F(q_t) G S + sum_j w_tj [v_j | 1]) over its own last columns, j <= t inside the chunk; denominators go out too.
-// Backwards, with R = sum_t F(q_t) / den_t [grad_o_t | ...] over the tokens behind the chunk:
+// Backwards, for head_dim > 64 (else taylor_gradient.cu makes dv), with R = sum_t F(q_t) / den_t [grad_o_t | ...] over the tokens behind the chunk:
 //   dv_j = F(k_j) G R + sum_t w_tj / den_t grad_o_t, t >= j inside the chunk.
 // One block a (segment, head, part of the value columns where head_dim > 64).
 #include "taylor_common.cuh"
