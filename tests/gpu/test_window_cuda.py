@@ -104,6 +104,14 @@ def test_documents(head_dim, window):
         assert found[0] < 4e-3 and max(found[1:]) < 8e-3, (bounds, found)
 
 
+@pytest.mark.parametrize("head_dim", [64, 112])
+def test_full_attention_keeps_the_projection_itself(head_dim):
+    qkv, _ = inputs(300, 2, 3, head_dim)
+    x = qkv.requires_grad_() * 1
+    o = RotaryAttention.apply(x, None, None, 10000.0, 1.0)
+    assert o.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
+
+
 @own
 def test_long_sequence_and_large_scores():
     qkv, grad = inputs(9000, 1, 2, 64)

@@ -241,11 +241,11 @@ def rope_in_place(qkv, cos, sin, batch, heads, dim, half, HEADS: tl.constexpr, H
 
 
 @triton.jit
-def rope_backward(dq, dk, dv, dqkv, cos, sin, batch, heads, dim, half, stride_seq, stride_batch,
+def rope_backward(dq, dk, dv, dqkv, cos, sin, batch, heads, dim, half, stride_seq, stride_batch, stride_head,
                   HEADS: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr):
     """Gradients of q and k rotated back, and of v, of one token into dqkv [seq, batch, heads, 3, dim].
 
-    dq, dk, dv: [seq, batch, heads, dim] with the given strides of seq and batch.
+    dq, dk, dv: [seq, batch, heads, dim] with the given strides.
     """
     row = tl.program_id(0).to(tl.int64)
     t = row // batch
@@ -256,7 +256,7 @@ def rope_backward(dq, dk, dv, dqkv, cos, sin, batch, heads, dim, half, stride_se
     copied = (j >= 2 * half) & (j < dim) & (head < heads)
     c = tl.load(cos + t * half + i, mask=i < half, other=0.0)
     s = tl.load(sin + t * half + i, mask=i < half, other=0.0)
-    source = t * stride_seq + (row % batch) * stride_batch + head * dim
+    source = t * stride_seq + (row % batch) * stride_batch + head * stride_head
     out = dqkv + (row * heads + head) * 3 * dim
     for part in tl.static_range(2):
         g = dq if part == 0 else dk

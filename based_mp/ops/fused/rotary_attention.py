@@ -36,7 +36,7 @@ class RotaryAttention(torch.autograd.Function):
         half = int(dim * fraction) // 2
         tables = rope_tables(seq, half, base, qkv.device)
         rotate(qkv, *tables)
-        qkv = F.pad(qkv.detach(), (0, -dim % 8))            # flash attention wants multiples of 8
+        qkv = _padded(qkv.detach())
         if cu_seqlens is None:
             q, k, v = qkv.transpose(0, 1).unbind(-2)
         else:
@@ -65,7 +65,7 @@ class RotaryAttention(torch.autograd.Function):
         else:
             q, k, v = qkv[:, 0].unbind(-2)
             do = do[0]
-        do = F.pad(do, (0, -ctx.dim % 8))
+        do = _padded(do)
         if do.stride(-1) != 1:
             do = do.contiguous()
         if ctx.cudnn:
@@ -79,6 +79,12 @@ class RotaryAttention(torch.autograd.Function):
         else:
             grads = [g[:, None, :, : ctx.dim] for g in grads]
         return pack_gradients(*grads, cos, sin), None, None, None, None
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x with a last dimension that torch's kernels take, a multiple of 8; x itself where it is (F.pad would copy it)."""
+    missing = -x.shape[-1] % 8
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -108,10 +114,10 @@ def pack_gradients(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor)
     """Gradient of the unrotated qkv [seq, batch, heads, 3, head_dim] from those of rotated q, k and v [s, b, h, d]."""
     from based_mp.ops.fused import kernels
     seq, batch, heads, dim = dq.shape
-    if dq.stride()[2:] != (dim, 1) or not dq.stride() == dk.stride() == dv.stride():
+    if dq.stride(-1) != 1 or not dq.stride() == dk.stride() == dv.stride():
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     dqkv = torch.empty(seq, batch, heads, 3, dim, dtype=dq.dtype, device=dq.device)
     kernels.rope_backward[(seq * batch,)](
-        dq, dk, dv, dqkv, cos, sin, batch, heads, dim, cos.shape[1], dq.stride(0), dq.stride(1),
+        dq, dk, dv, dqkv, cos, sin, batch, heads, dim, cos.shape[1], *dq.stride()[:3],
         **_blocks(heads, cos.shape[1], dim), num_warps=4)
     return dqkv
