@@ -82,7 +82,7 @@ class RotaryAttention(torch.autograd.Function):
 
 
 def _padded(x: Tensor) -> Tensor:
-    """x with a last dimension that torch's kernels take, a multiple of 8; x itself where it is (F.pad would copy it)."""
+    """x with a last dimension that torch's kernels take, a multiple of 8; x itself where it is (F.pad copies)."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x
 
