@@ -103,6 +103,9 @@ __device__ __forceinline__ void warp_arrive(uint32_t bar) {
     if (kWarpArrivals == 32 || (threadIdx.x & 31) == 0) barrier_arrive(bar);
 }
 
+// The warpgroup's threads wait for each other, at one of the block's barriers 1 to 15.
+__device__ __forceinline__ void warpgroup_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+
 // Until the kernel before this one in the stream is done, its results visible; the next one may start its first steps now. So
 // what came before the kernel before is done from the start.
 __device__ __forceinline__ void wait_for_kernel_before() {

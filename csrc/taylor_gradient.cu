@@ -289,7 +289,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const CUtens
                 if (n >= 0) warp_arrive(m.released(n));
                 if (!work) continue;
                 // The group is done with its half of the wide rows: dv leaves from there, the stage is free when it has.
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + turn) : "memory");
+                warpgroup_sync(1 + turn);
                 const int first = half * 64 + warp * 16;
                 store_rows<D>(values_out, at + L::u + warp * kPanel + half * 2048, p, p.dv, p.d_stride, s, head, 0, s.first + begin + first, valid - first,
                               valid < kChunk && s.end < p.seq, dv, 1.f, 1.f);
