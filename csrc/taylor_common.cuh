@@ -57,6 +57,8 @@ __device__ __forceinline__ bool find_segment(const TaylorArgs& p, int slot, Segm
     s.length = min(p.segment, s.end - s.first);
     return s.length > 0;
 }
+// Whether a chunk of `valid` tokens ends before its 128th, at a token of the next document.
+__device__ __forceinline__ bool reaches_next(const TaylorArgs& p, const Segment& s, int valid) { return valid < kChunk && s.end < p.seq; }
 __device__ __forceinline__ int chunk_count(const Segment& s) { return (s.length + kChunk - 1) / kChunk; }
 // Where the chunk handled in step i of a walk begins.
 template <bool Backwards> __device__ __forceinline__ int chunk_begin(const Segment& s, int i) {
@@ -243,7 +245,7 @@ __device__ __forceinline__ void load_chunks(const TaylorArgs& p, const Maps& map
     for (int i = 0; i < chunks; ++i) {
         const int valid = min(kChunk, s.length - chunk(i)), first = s.first + chunk(i);
         const uint32_t at = m.stage(i);
-        const bool ragged = valid < kChunk && s.end < p.seq;           // reaches into the next document: once a walk at most
+        const bool ragged = reaches_next(p, s, valid);                 // once a walk at most
         if (i >= L::Stages) barrier_wait(m.empty(i), Shared<L>::stage_parity(i - L::Stages));
         const uint32_t bar = ragged ? m.ragged() : m.full(i);
         if (lane == 0) {
@@ -404,7 +406,7 @@ __device__ __forceinline__ void carry_state(const TaylorArgs& p, const Segment& 
             state.publish(m.state(n), m.state(n) + L::last, p.scale);
             warp_arrive(m.published(n));
         }
-        if (!L::RowColumns && p.boundaries && at_boundary(begin))
+        if (!L::RowColumns && p.boundaries && at_boundary(begin))      // outputs' walks alone leave states
             state.store(p, p.boundaries, slot * ((s.length + p.boundary - 1) / p.boundary) + begin / p.boundary, head, column);
         if (i + 1 == chunks) break;                  // nobody waits for the last stage: an arrival could end the phase of the one before
         state.update(m, i);
@@ -471,11 +473,13 @@ template <bool Reverse> __device__ __forceinline__ uint32_t causal_triangle() {
 // The chunk's half that an output warpgroup makes in its turn of step i: halves differ in work, so two groups swap them.
 __device__ __forceinline__ int half_of(int turn, int i) { return turn ^ (i & 1); }
 
-// What 64 rows receive inside the chunk: sum += w y over its columns up to a row's own (Reverse: w / den, from its own on). `own`: the
-// warp's rows as left operand. `nothing`: sum holds nothing yet.
+// What 64 rows receive inside the chunk: sum += w y over its columns up to a row's own (Reverse: w / den, from its own on). `rows`: as
+// load_rows takes them. `nothing`: sum holds nothing yet.
 template <class L, bool Reverse, int N>
-__device__ __forceinline__ void add_inside(float (&sum)[N], const TaylorArgs& p, uint32_t stage, int half, int valid, const uint32_t (&own)[4],
+__device__ __forceinline__ void add_inside(float (&sum)[N], const TaylorArgs& p, uint32_t stage, int half, int valid, uint32_t rows,
                                            uint32_t triangle, bool nothing) {
+    uint32_t own[4];
+    load_own(own, rows);
     const int warp = threadIdx.x >> 5 & 3, t = threadIdx.x & 3;
     const int from = Reverse ? half : 0, last = Reverse ? (valid + 63) / 64 : half + 1;
     #pragma unroll 1
@@ -529,12 +533,12 @@ __device__ __forceinline__ void add_through_state(float (&sum)[N], const Shared<
     }
     wgmma_wait<0>();
 }
-// 16 rows of bf16, W columns from `column` on, go out from a warp's accumulators, rows g times f0 and g + 8 times f1: as a box, gathered at
+// 16 rows of o (Reverse: dv), W columns from `column` on, go out from a warp's accumulators, rows g times f0 and g + 8 times f1: as a box, gathered at
 // `box` (W / 16 panels of 16 rows, swizzled as those that are loaded; the caller sees to it that the box before has left), or
 // by the lanes where `others`, rows of the next document, follow the `valid` ones.
-template <int W, int N>
-__device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t box, const TaylorArgs& p, void* tensor, const int64_t* stride,
-                                           const Segment& s, int head, int column, int token, int valid, bool others, const float (&x)[N], float f0, float f1) {
+template <int W, bool Reverse, int N>
+__device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t box, const TaylorArgs& p, const Segment& s, int head, int column,
+                                           int token, int valid, bool others, const float (&x)[N], float f0, float f1) {
     const int lane = threadIdx.x & 31, row = lane >> 2;
     auto top = [&](int c) { return pack(x[4 * c] * f0, x[4 * c + 1] * f0); };
     auto bottom = [&](int c) { return pack(x[4 * c + 2] * f1, x[4 * c + 3] * f1); };
@@ -548,12 +552,12 @@ __device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t box,
         bulk_stores_commit();
         return;
     }
-    bf16* to = token_row(tensor, stride, s.batch, token + row, head) + column + (lane & 3) * 2;
+    bf16* to = token_row(Reverse ? p.dv : p.o, Reverse ? p.d_stride : p.o_stride, s.batch, token + row, head) + column + (lane & 3) * 2;
     #pragma unroll
     for (int c = 0; c < W / 8; ++c) {
         if (column + c * 8 >= p.head_dim) break;
         if (row < valid) *reinterpret_cast<uint32_t*>(to + c * 8) = top(c);
-        if (row + 8 < valid) *reinterpret_cast<uint32_t*>(to + 8 * stride[1] + c * 8) = bottom(c);
+        if (row + 8 < valid) *reinterpret_cast<uint32_t*>(to + 8 * (Reverse ? p.d_stride : p.o_stride)[1] + c * 8) = bottom(c);
     }
 }
 

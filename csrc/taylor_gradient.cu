@@ -20,7 +20,7 @@ template <int D> struct Shape {
     // Rows of the state, and keys, that are multiplied together: the more, the less often the rows on the left are read.
     static constexpr int Features = Narrow || Wide ? 64 : 80;
     template <bool Reverse> static constexpr int Keys = Reverse || !(Narrow || Wide) ? 64 : 32;
-    using Tiles = Layout<D, D, true, D <= 64 ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Makers>;
+    using Tiles = Layout<D, D, true, Narrow ? 3 : 2, D <= 96 ? 2 : 1, D <= 80 ? 2 : 1, 1, Makers>;
 };
 
 // Permutation matrices P_r[i][i + r mod 16] = 1, r = 1 .. 7, as right operands of `mma`: four words a lane.
@@ -281,9 +281,7 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const CUtens
             if constexpr (Values) {
                 float dv[D / 2] = {};
                 if (work) {
-                    uint32_t own[4];
-                    load_own(own, rows);
-                    add_inside<L, Reverse>(dv, p, at, half, valid, own, triangle, false);
+                    add_inside<L, Reverse>(dv, p, at, half, valid, rows, triangle, false);
                     if (n >= 0) add_through_state(dv, m, n, rows);
                 }
                 if (n >= 0) warp_arrive(m.released(n));
@@ -291,8 +289,8 @@ __device__ __forceinline__ void make_gradients(const TaylorArgs& p, const CUtens
                 // The group is done with its half of the wide rows: dv leaves from there, the stage is free when it has.
                 warpgroup_sync(1 + turn);
                 const int first = half * 64 + warp * 16;
-                store_rows<D>(values_out, at + L::u + warp * kPanel + half * 2048, p, p.dv, p.d_stride, s, head, 0, s.first + begin + first, valid - first,
-                              valid < kChunk && s.end < p.seq, dv, 1.f, 1.f);
+                store_rows<D, true>(values_out, at + L::u + warp * kPanel + half * 2048, p, s, head, 0, s.first + begin + first, valid - first,
+                                    reaches_next(p, s, valid), dv, 1.f, 1.f);
             }
         }
     }
@@ -309,7 +307,7 @@ __global__ void __launch_bounds__(Shape<D>::Threads, 1) gradient(const __grid_co
     m.init(Shape<D>::Groups * 4, maps);
     if (!p.older) wait_for_kernel_before();
     Segment s;
-    const int slot = blockIdx.x % p.slots, head = blockIdx.x / p.slots;
+    const int slot = blockIdx.x % p.slots, head = blockIdx.x / p.slots;            // from a grid of two dimensions they cost registers
     if (!find_segment(p, slot, s)) return;
     const int warp = threadIdx.x >> 5;
     if (warp < kStateWarps) {

@@ -1,7 +1,8 @@
 // Outputs that are sums of rows. Forwards, with S the state before the chunk, G the weights g_p, w = 1 + s + s^2/2:
 //   o_t = (F(q_t) G S + sum_j w_tj [v_j | 1]) over its own last columns, j <= t inside the chunk; denominators go out too.
-// Backwards, for head_dim > 64 (else taylor_gradient.cu makes dv), with R = sum_t F(q_t) / den_t [grad_o_t | ...] over the tokens behind the chunk:
-//   dv_j = F(k_j) G R + sum_t w_tj / den_t grad_o_t, t >= j inside the chunk.
+// Backwards, with R = sum_t F(q_t) / den_t [grad_o_t | ...] over the tokens behind the chunk:
+//   dv_j = F(k_j) G R + sum_t w_tj / den_t grad_o_t, t >= j inside the chunk,
+// for head_dim > 64: up to there taylor_gradient.cu makes dv.
 // One block a (segment, head, part of the value columns where head_dim > 64).
 #include "taylor_common.cuh"
 using namespace taylor;
@@ -25,11 +26,7 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensor
         const bool work = half * 64 < valid;
         float acc[N / 2];
         barrier_wait(m.full(i), Shared<L>::stage_parity(i));
-        if (work) {
-            uint32_t own[4];
-            load_own(own, rows);
-            add_inside<L, Reverse>(acc, p, at, half, valid, own, triangle, true);
-        }
+        if (work) add_inside<L, Reverse>(acc, p, at, half, valid, rows, triangle, true);
         if (n >= 0) {
             if (work) add_through_state(acc, m, n, rows);
             else barrier_wait(m.published(n), Shared<L>::state_parity(n));
@@ -46,8 +43,8 @@ __device__ __forceinline__ void make_outputs(const TaylorArgs& p, const CUtensor
         }
         bulk_stores_read();                          // that of the chunk before has left
         __syncwarp();
-        store_rows<W>(rows_out, m.base + kBoxes<W> + (group * 4 + warp) * kBox<W>, p, Reverse ? p.dv : p.o, Reverse ? p.d_stride : p.o_stride, s, head,
-                      column, token, valid - first, valid < kChunk && s.end < p.seq, acc, Reverse ? 1.f : 1.f / den[0], Reverse ? 1.f : 1.f / den[1]);
+        store_rows<W, Reverse>(rows_out, m.base + kBoxes<W> + (group * 4 + warp) * kBox<W>, p, s, head, column, token, valid - first,
+                               reaches_next(p, s, valid), acc, Reverse ? 1.f : 1.f / den[0], Reverse ? 1.f : 1.f / den[1]);
     }
     bulk_stores_done();
 }

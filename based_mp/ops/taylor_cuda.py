@@ -87,17 +87,20 @@ def _states(p: Plan, batch: int, seq: int, heads: int, head_dim: int, packed: bo
     return "walk" if not packed and batch * heads * parts >= 3 * BLOCKS // 4 else "sums"
 
 
-def _kernels(states: str, p: Plan, seq: int, space: Tensor | None) -> tuple[list[str], Plan, dict[str, object]]:
-    """The kernels up to and with the output's, the plan they run with, and what they get; `space`, if any, then holds
-    the state of every segment."""
+def _kernels(states: str, p: Plan, seq: int, space: Tensor | None,
+             last: str = "output") -> tuple[list[str], Plan, dict[str, object]]:
+    """The kernels up to and with `last`, the plan they run with, and what they get; `space`, if any, then holds the
+    state of every segment. "gradient" comes last where nobody reads states after it, and `space` then means nothing."""
     if states == "none":
-        return ["output"], p, {}
+        return [last], p, {}
     if states == "walk":
         return ["output"], Plan(p.docs, 1, seq, p.docs), {"boundaries": space, "boundary": p.length}
-    if states == "sums":
-        return ["segment_state", "output"], p, {"space": torch.empty_like(space), "summed": False,
-                                                "boundaries": space, "boundary": p.length}
-    return ["segment_state", "scan", "output"], p, {"space": space}
+    if states == "scan":
+        return ["segment_state", "scan", last], p, {"space": space}
+    if last == "gradient":
+        return ["segment_state", last], p, {"space": space, "summed": False}
+    return ["segment_state", last], p, {"space": torch.empty_like(space), "summed": False,
+                                        "boundaries": space, "boundary": p.length}
 
 
 def _shapes(qkv: Tensor, feature_dim: int,
@@ -162,15 +165,11 @@ def taylor_backward(grad_o: Tensor, denominator: Tensor, space: Tensor, qkv: Ten
     common = {"cu_seqlens": cu_seqlens, "denominator": denominator, "grad_o": grad_o, "grad_dot": dot, "dqkv": dqkv}
     _launch(["gradient"], p, x, feature_dim, scale, space=space if space.numel() else None, **common)
     suffix = None if states == "none" else torch.empty(space_shape, **full)
-    reverse = {"reverse": True, "kv_in": grad_kv, "z_in": grad_z, "kv_out": dkv if want_state else None,
-               "z_out": dz if want_state else None, **common}
-    if o_shape[-1] <= VALUES_WITH_KEYS:
-        before = {"none": [], "sums": ["segment_state"], "scan": ["segment_state", "scan"]}[states]
-        _launch([*before, "gradient"], p, x, feature_dim, scale, space=suffix, summed=states != "sums",
-                older=bool(before), **reverse)
-    else:
-        names, walked, how = _kernels(states, p, o_shape[1], suffix)
-        _launch(names, walked, x, feature_dim, scale, **reverse, **how)
+    together = o_shape[-1] <= VALUES_WITH_KEYS
+    names, walked, how = _kernels(states, p, o_shape[1], suffix, "gradient" if together else "output")
+    _launch(names, walked, x, feature_dim, scale, reverse=True, kv_in=grad_kv, z_in=grad_z,
+            kv_out=dkv if want_state else None, z_out=dz if want_state else None, **common, **how)
+    if not together:
         _launch(["gradient"], p, x, feature_dim, scale, reverse=True, older=True, space=suffix, **common)
     return dqkv.to(qkv.dtype), dkv, dz
 
