@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from based_mp.ops import backends
 from based_mp.ops.fused.rotary_attention import RotaryAttention, rope_frequency
@@ -73,9 +74,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None,
            cu_seqlens_k: Tensor | None, longest: tuple[int, int] | None) -> Tensor:
-    """torch's built-in flash kernel over packed sequences; a batch is a pack of equal lengths."""
+    """torch's built-in flash kernel over packed sequences, of which a batch is one of equal lengths; a batch in cuDNN
+    where attention is full."""
     from torch.nn.attention.varlen import varlen_attn
     b, s = q.shape[:2]
+    if cu_seqlens is None and window is None and q.shape[-1] % 8 == 0:
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        if backends.cudnn_attention(*heads_first):
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
     d = q.shape[-1]
