@@ -51,10 +51,10 @@ int decode_attention(const void* x, const int* slots, const int* positions, cons
 int prefill_rope(const void* x, const float* rotation, void* q, void* k, void* v, int64_t tokens, int heads, int head_dim, int padded,
                  int half, float q_factor, void* stream);
 // The next token of every row from logits [rows, stride] (the first `vocab` count), see decode_sample.cu; tokens and
-// positions are per slot, positions advance by `advance`; chosen [rows] and logprob [rows] are for the host.
+// positions are per slot, positions advance by `advance`. chosen and logprobs [slots, kept] are for the host, column position % kept.
 int decode_sample(const void* logits, const int* slots, int* tokens, int* positions, const float* temperature, const int* top_k,
-                  const float* top_p, const int64_t* seeds, int* chosen, float* logprob, int rows, int64_t stride, int vocab,
-                  int advance, void* stream);
+                  const float* top_p, const int64_t* seeds, int* chosen, float* logprobs, int kept, int rows, int64_t stride,
+                  int vocab, int advance, void* stream);
 #ifdef __cplusplus
 }
 #endif

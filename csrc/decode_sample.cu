@@ -90,9 +90,9 @@ struct Sample {
     const float* top_p;
     const int64_t* seeds;
     int* chosen;
-    float* logprob;
+    float* logprobs;
     int64_t stride;
-    int vocab, advance;
+    int kept, vocab, advance;
 };
 
 __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ Sample p) {
@@ -159,17 +159,18 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
     }
     const int token = (int)~(uint32_t)(random ? all.noisy : all.best);
     if (threadIdx.x == 0 && token >= first && token < first + count) {
-        p.tokens[slot] = p.chosen[row] = token;
         p.positions[slot] = position;
-        p.logprob[row] = value(((const uint16_t*)logits)[token - first]) - largest - __logf(all.mass);
+        const int64_t place = (int64_t)slot * p.kept + position % p.kept;
+        p.tokens[slot] = p.chosen[place] = token;
+        p.logprobs[place] = value(((const uint16_t*)logits)[token - first]) - largest - __logf(all.mass);
     }
 }
 
 extern "C" int decode_sample(const void* logits, const int* slots, int* tokens, int* positions, const float* temperature,
-                             const int* top_k, const float* top_p, const int64_t* seeds, int* chosen, float* logprob, int rows,
-                             int64_t stride, int vocab, int advance, void* stream) {
-    const Sample p{(const uint16_t*)logits, slots, tokens, positions, temperature, top_k, top_p, seeds, chosen, logprob, stride, vocab,
-                   advance};
+                             const int* top_k, const float* top_p, const int64_t* seeds, int* chosen, float* logprobs, int kept,
+                             int rows, int64_t stride, int vocab, int advance, void* stream) {
+    const Sample p{(const uint16_t*)logits, slots, tokens, positions, temperature, top_k, top_p, seeds, chosen, logprobs, stride, kept,
+                   vocab, advance};
     if (stride % 8) return (int)cudaErrorInvalidValue;
     int parts = kMostParts;
     while (parts > 1 && rows * parts > kBlocks) parts /= 2;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from based_mp.inference.model import InferenceModel
 from based_mp.inference.state import StatePool, to_device
@@ -23,7 +22,7 @@ class Decoder:
         self.model, self.pool = model, pool
         self.graphs = graphs and model.ops.PADS_ROWS
         self.slots = torch.full((pool.slots,), -1, dtype=torch.int32, device=model.device)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
         self._memory = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def set_rows(self, slots: list[int]) -> None:
@@ -35,23 +34,20 @@ class Decoder:
         rows = torch.tensor(slots + [-1] * (self.size - self.count), dtype=torch.int32)
         self.slots[: self.size] = to_device(rows, self.slots.device)
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """Chosen tokens int32 and their log probabilities fp32 [rows], overwritten by the next step."""
+    def step(self) -> None:
+        """What is chosen goes to the pool."""
         if not self.graphs:
-            chosen, logprob = self._eager(self.size)
-        else:
-            if self.size not in self._captured:
-                self._captured[self.size] = self._capture(self.size)
-            graph, chosen, logprob = self._captured[self.size]
-            graph.replay()
-        return chosen[: self.count], logprob[: self.count]
+            return self._eager(self.size)
+        if self.size not in self._captured:
+            self._captured[self.size] = self._capture(self.size)
+        self._captured[self.size].replay()
 
     @torch.no_grad()
-    def _eager(self, size: int) -> tuple[Tensor, Tensor]:
+    def _eager(self, size: int) -> None:
         slots = self.slots[:size]
-        return self.model.ops.sample(self.model.step(self.pool, slots), self.pool, slots, 1)
+        self.model.ops.sample(self.model.step(self.pool, slots), self.pool, slots, 1)
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         """Capture with idle rows, so that the warm-up advances no state."""
         slots, idle = self.slots[:size].clone(), torch.full_like(self.slots[:size], -1)
         self.slots[:size] = idle
@@ -62,6 +58,6 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            chosen, logprob = self._eager(size)
+            self._eager(size)
         self.slots[:size] = slots
-        return graph, chosen, logprob
+        return graph

@@ -12,9 +12,7 @@ from based_mp.errors import UserError
 from based_mp.inference.cuda_graph import Decoder
 from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
-from based_mp.inference.state import SequenceState, StatePool, to_device
-
-LAG = 2                          # steps the host stays behind the GPU, so that neither waits for the other
+from based_mp.inference.state import LAG, SequenceState, StatePool, to_device
 
 
 @dataclass(eq=False)
@@ -33,14 +31,19 @@ class Sequence:
     slot: int | None = None
     launched: int = 0
 
+    @property
+    def start(self) -> int:
+        """Tokens seen when the first one is chosen; an empty prompt starts a document."""
+        return self.state.position + len(self.prompt) if self.state else max(1, len(self.prompt))
+
 
 @dataclass
 class _Launched:
     """A step whose results are on their way to the host."""
 
     sequences: list[Sequence]
-    tokens: Tensor
-    logprobs: Tensor
+    slots: list[int]
+    positions: list[int]
     ready: torch.cuda.Event | None
 
 
@@ -112,31 +115,31 @@ class Engine:
             if rows != self._rows:
                 self.decoder.set_rows([s.slot for s in rows])
                 self._rows = rows
-            self._launch(rows, *self.decoder.step())
+            self.decoder.step()
+            self._launched.append(self._results_of(rows))
         lag = LAG if rows and self.model.device.type == "cuda" else 0
         touched: list[Sequence] = []
         while len(self._launched) > lag:
             touched += self._collect(self._launched.popleft())
         return list(dict.fromkeys(touched))            # each once, though it may have got several tokens
 
-    def _launch(self, sequences: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
-        """Send a step's results to the host without waiting."""
+    def _results_of(self, sequences: list[Sequence]) -> _Launched:
+        """Where to find what the step just launched chooses for them."""
         ready = None
-        if tokens.is_cuda:
-            tokens, logprobs = ((torch.empty(x.shape, dtype=x.dtype, pin_memory=True)).copy_(x, non_blocking=True)
-                                for x in (tokens, logprobs))
+        if self.model.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
+        launched = _Launched(sequences, [s.slot for s in sequences], [s.start + s.launched for s in sequences], ready)
         for sequence in sequences:
             sequence.launched += 1
-        self._launched.append(_Launched(sequences, tokens, logprobs, ready))
+        return launched
 
     def _collect(self, launched: _Launched) -> list[Sequence]:
         if launched.ready is not None:
             launched.ready.synchronize()
         touched = []
-        values = zip(launched.sequences, launched.tokens.tolist(), launched.logprobs.tolist(), strict=True)
-        for sequence, token, logprob in values:
+        results = self.pool.results(launched.slots, launched.positions)
+        for sequence, token, logprob in zip(launched.sequences, *results, strict=True):
             if sequence.finish_reason is not None:     # ended after this step was launched
                 continue
             touched.append(sequence)
@@ -164,7 +167,8 @@ class Engine:
                                [1.0 if o.top_p is None else o.top_p for o in options], [o.seed for o in options])
         rows = to_device(torch.tensor(slots, dtype=torch.int32), self.model.device)
         self.running += admitted
-        self._launch(admitted, *self.model.ops.sample(logits, self.pool, rows, 0))
+        self.model.ops.sample(logits, self.pool, rows, 0)
+        self._launched.append(self._results_of(admitted))
 
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """Put the states and prompts of sequences into their slots. Returns the logits after each [n, padded vocab].
@@ -212,5 +216,4 @@ class Engine:
         sequence = Sequence(prompt, Sampling(), state)
         sequence.slot = self.free[-1]
         logits = self.prefill([sequence])
-        seen = (state.position if state else 0) + (len(prompt) if prompt or state else 1)
-        return self.pool.read(sequence.slot, seen, logits[0])
+        return self.pool.read(sequence.slot, sequence.start, logits[0])

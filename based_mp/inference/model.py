@@ -297,7 +297,7 @@ class InferenceModel:
     def new_pool(self, slots: int, length: int) -> StatePool:
         """Empty states for `slots` sequences; `length`: most tokens of a sequence that full attention keeps."""
         return StatePool([layer.mixer.buffers(slots, length) for layer in self.layers], slots, length,
-                         self.config.vocab_size, self.device)
+                         self.config.vocab_size, self.device, on_host=self.ops.RESULTS_ON_HOST)
 
     @torch.no_grad()
     def step(self, pool: StatePool, slots: Tensor) -> Tensor:

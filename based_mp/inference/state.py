@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from based_mp.errors import UserError
 
 RINGS = ("keys", "values", "past")
+LAG = 2                          # steps the host stays behind the GPU, so that neither waits for the other
 RECENT = "recent"                # generated tokens that a state has still to take in: of no use to another slot
 
 
@@ -53,18 +56,24 @@ class StatePool:
 
     buffers: of every layer its tensors (see the mixers' `buffers`); states: those of them that a state consists of. A
     slot also has the token that comes next, the number of tokens it has seen (positions) and had seen when its
-    generation began (starts), and how its tokens are sampled. `copy` and `read` are for slots whose generation has not
-    begun.
+    generation began (starts), and how its tokens are sampled. What was chosen after p tokens, and its log probability,
+    is in column p modulo their number of chosen int32 and logprobs fp32 [slots, LAG + 2]: with on_host in memory of the
+    host that kernels write. `copy` and `read` are for slots whose generation has not begun.
     """
 
     def __init__(self, buffers: list[dict[str, Tensor]], slots: int, length: int, vocab_size: int,
-                 device: torch.device) -> None:
+                 device: torch.device, *, on_host: bool = False) -> None:
         self.buffers, self.slots, self.length, self.vocab_size = buffers, slots, length, vocab_size
         self.states = [{name: t for name, t in layer.items() if name != RECENT} for layer in buffers]
         self.tokens, self.positions, self.starts, self.top_k = (torch.zeros(slots, dtype=torch.int32, device=device)
                                                                 for _ in range(4))
         self.temperature, self.top_p = torch.zeros(slots, device=device), torch.ones(slots, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+        place: dict[str, Any] = {"pin_memory": True} if on_host else {"device": device}
+        self.chosen = torch.zeros(slots, LAG + 2, dtype=torch.int32, **place)
+        self.logprobs = torch.zeros(slots, LAG + 2, **place)
+        if on_host:                                    # steps may run on, of which the host's allocator knows nothing
+            weakref.finalize(self, torch.cuda.synchronize).atexit = False
 
     def reset(self, slots: list[int]) -> None:
         """Make these slots empty. Rings need nothing: positions say what of them is valid."""
@@ -81,6 +90,12 @@ class StatePool:
         for buffer, values in ((self.temperature, temperature), (self.top_k, top_k), (self.top_p, top_p),
                                (self.seeds, seeds)):
             buffer[index] = to_device(torch.tensor(values, dtype=buffer.dtype), buffer.device)
+
+    def results(self, slots: list[int], positions: list[int]) -> tuple[list[int], list[float]]:
+        """What was chosen in these slots after so many tokens, and the log probabilities. At most LAG + 1 steps ago, by
+        kernels that have ended."""
+        place = slots, [position % self.chosen.shape[1] for position in positions]
+        return self.chosen[place].tolist(), self.logprobs[place].tolist()
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Fork: give every target slot the state of its source."""

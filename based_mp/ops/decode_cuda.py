@@ -23,6 +23,7 @@ __all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linea
            "taylor_step_"]
 
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
+RESULTS_ON_HOST = True           # `sample` writes to the host's memory
 RECENT = 16                      # tokens that the state of linear attention takes in at a time (csrc/decode_taylor.cu)
 # Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
 # MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond, with the
@@ -252,11 +253,7 @@ def rope_run(x: Tensor, rotation: Tensor, heads: int, head_dim: int, padded: int
     return q, k, v
 
 
-def sample(logits: Tensor, pool: Any, slots: Tensor, advance: int) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
-    chosen = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
+def sample(logits: Tensor, pool: Any, slots: Tensor, advance: int) -> None:
     extension().decode_sample(_at(logits), _at(slots), _at(pool.tokens), _at(pool.positions), _at(pool.temperature),
-                              _at(pool.top_k), _at(pool.top_p), _at(pool.seeds), _at(chosen), _at(logprob), rows,
-                              logits.shape[1], pool.vocab_size, advance, _stream())
-    return chosen, logprob
+                              _at(pool.top_k), _at(pool.top_p), _at(pool.seeds), _at(pool.chosen), _at(pool.logprobs),
+                              pool.chosen.shape[1], *logits.shape, pool.vocab_size, advance, _stream())

@@ -18,6 +18,7 @@ from based_mp.ops.gated_conv import gated_conv
 from based_mp.ops.reference import TaylorState, taylor_step
 
 PADS_ROWS = False                # `slots` holds −1 nowhere: any number of rows runs as it is
+RESULTS_ON_HOST = False          # `sample` writes to the device's memory
 RECENT = 0                       # tokens that a state has still to take in, at most
 
 
@@ -204,8 +205,8 @@ def keep(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
     return logits >= torch.maximum(kth[:, 0], nucleus)[:, None]
 
 
-def sample(logits: Tensor, pool: Any, slots: Tensor, advance: int) -> tuple[Tensor, Tensor]:
-    """The next token of each slot and its log probability (of the plain softmax): int32 [n], fp32 [n].
+def sample(logits: Tensor, pool: Any, slots: Tensor, advance: int) -> None:
+    """The next token of each slot and its log probability (of the plain softmax), to pool.chosen and pool.logprobs.
 
     logits [n, ≥ vocab]. temperature 0 takes the largest logit; else the softmax of logits / temperature over the tokens
     that `keep` leaves is sampled by Gumbel noise. Also written to pool.tokens; pool.positions advances by `advance`.
@@ -220,6 +221,7 @@ def sample(logits: Tensor, pool: Any, slots: Tensor, advance: int) -> tuple[Tens
         noisy = logits / temperature.clamp(min=1e-30)[:, None] \
             + gumbel_noise(pool.seeds[slots], pool.positions[slots], pool.vocab_size)
         token = torch.where(temperature > 0, noisy.masked_fill(~kept, -torch.inf).argmax(-1), token)
-    pool.tokens[slots] = token.int()
-    return token.int(), logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    place = slots, pool.positions[slots] % pool.chosen.shape[1]
+    pool.tokens[slots] = pool.chosen[place] = token.int()
+    pool.logprobs[place] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 

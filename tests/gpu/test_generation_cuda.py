@@ -175,6 +175,16 @@ class Pool:
         self.temperature, self.top_p = (torch.full((slots,), x, device="cuda") for x in (temperature, top_p))
         self.top_k = torch.full((slots,), top_k, dtype=torch.int32, device="cuda")
         self.seeds = torch.randint(-2**62, 2**62, (slots,), device="cuda")
+        self.chosen = torch.full((slots, 3), -1, dtype=torch.int32).pin_memory()
+        self.logprobs = torch.full((slots, 3), torch.nan).pin_memory()
+
+    def last(self, rows):
+        """What `sample` left for these rows of slots; nothing else may be there."""
+        torch.cuda.synchronize()
+        rows = rows.long().cpu()
+        place = rows, self.positions.cpu()[rows] % 3
+        assert (self.chosen >= 0).sum() == self.logprobs.isfinite().sum() == len(rows)
+        return self.chosen[place], self.logprobs[place]
 
 
 def test_embedding_and_rotation_at_large_positions(cuda, slots):
@@ -201,12 +211,14 @@ def test_sampling(cuda, slots, options):
         torch.manual_seed(seed)
         b = Pool(50257, **options)
         idle = (0, 16, 96)[seed % 3]               # a cluster of 8 blocks a row, of 4, and a block
-        x, p = (t[:4] for t in cuda.sample(logits.repeat(1 + idle // 4, 1), a, F.pad(rows, (0, idle), value=-1), 1))
-        y, q = decode_torch.sample(logits[real], b, rows[real], 1)
-        same += (x[real] == y).sum().item()
-        assert torch.equal(a.positions, b.positions) and (x[real] < 50257).all()
-        agree = x[real] == y
-        assert (p[real][agree] - q[agree]).abs().max() < 2e-4
+        b.chosen, b.logprobs = b.chosen.cuda(), b.logprobs.cuda()
+        cuda.sample(logits.repeat(1 + idle // 4, 1), a, F.pad(rows, (0, idle), value=-1), 1)
+        decode_torch.sample(logits[real], b, rows[real], 1)
+        (x, p), (y, q) = a.last(rows[real]), (t.cpu() for t in b.last(rows[real]))
+        same += (x == y).sum().item()
+        assert torch.equal(a.positions, b.positions) and (x < 50257).all()
+        agree = x == y
+        assert (p[agree] - q[agree]).abs().max() < 2e-4
     assert same >= 29
 
 

@@ -173,6 +173,7 @@ class Pool:
         self.positions, self.seeds = torch.zeros(rows, dtype=torch.int32), torch.arange(rows)
         self.temperature, self.top_p = torch.full((rows,), temperature), torch.full((rows,), top_p)
         self.top_k = torch.full((rows,), top_k, dtype=torch.int32)
+        self.chosen, self.logprobs = torch.full((rows, 3), -1, dtype=torch.int32), torch.full((rows, 3), torch.nan)
 
 
 @pytest.mark.parametrize("options, kept", [({}, 4), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"top_p": 0.85}, 3),
@@ -181,17 +182,27 @@ def test_samples_follow_the_distribution(options, kept):
     """top_p = 0.55 keeps one of the two that top_k = 2 leaves: 0.5 of 0.8 is enough."""
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = probabilities.log().repeat(2000, 1)
-    chosen, logprob = decode_torch.sample(logits, Pool(4, 1.0, **options), torch.arange(2000), 1)
+    pool = Pool(4, 1.0, **options)
+    decode_torch.sample(logits, pool, torch.arange(2000), 1)
+    chosen = pool.chosen[:, 1]                         # after one token
     share = torch.bincount(chosen, minlength=4) / 2000
     expected = probabilities * (torch.arange(4) < kept)
     assert (share - expected / expected.sum()).abs().max() < 0.04
-    torch.testing.assert_close(logprob, probabilities.log()[chosen.long()])
+    torch.testing.assert_close(pool.logprobs[:, 1], probabilities.log()[chosen.long()])
 
 
 def test_noise_changes_with_the_position():
     pool, logits = Pool(50, 1.0, rows=300), torch.zeros(300, 50)
-    draws = torch.stack([decode_torch.sample(logits, pool, torch.arange(300), 1)[0] for _ in range(3)])
+    for _ in range(3):
+        decode_torch.sample(logits, pool, torch.arange(300), 1)
+    draws = pool.chosen.T
+    assert (draws >= 0).all() and torch.equal(pool.tokens, draws[0])               # the last after three tokens
     assert (draws[0] == draws[1]).float().mean() < 0.1 and (draws[:, 0] == draws[:, 1]).float().mean() < 1
+
+
+def test_an_empty_prompt_starts_a_document(generator):
+    empty, document = generator.generate([[], [generator.tokenizer.eod]], max_new_tokens=5)
+    assert empty.tokens == document.tokens and empty.logprobs == document.logprobs
 
 
 def test_stop_strings_end_of_document_and_length(generator):
