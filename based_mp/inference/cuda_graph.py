@@ -35,7 +35,7 @@ class Decoder:
         self.slots[: self.size] = to_device(rows, self.slots.device)
 
     def step(self) -> None:
-        """What is chosen goes to the pool."""
+        """One token further: what is chosen goes to the pool."""
         if not self.graphs:
             return self._eager(self.size)
         if self.size not in self._captured:
