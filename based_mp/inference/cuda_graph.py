@@ -27,11 +27,10 @@ class Decoder:
 
     def set_rows(self, slots: list[int]) -> None:
         """The slots that the following steps advance."""
-        self.count = len(slots)
-        self.size = self.count
+        count = self.size = len(slots)
         if self.model.ops.PADS_ROWS:
-            self.size = min(next((n for n in SIZES if n >= self.count), self.count), self.pool.slots)
-        rows = torch.tensor(slots + [-1] * (self.size - self.count), dtype=torch.int32)
+            self.size = min(next((n for n in SIZES if n >= count), count), self.pool.slots)
+        rows = torch.tensor(slots + [-1] * (self.size - count), dtype=torch.int32)
         self.slots[: self.size] = to_device(rows, self.slots.device)
 
     def step(self) -> None:

@@ -116,23 +116,23 @@ class Engine:
                 self.decoder.set_rows([s.slot for s in rows])
                 self._rows = rows
             self.decoder.step()
-            self._launched.append(self._results_of(rows))
+            self._expect(rows)
         lag = LAG if rows and self.model.device.type == "cuda" else 0
         touched: list[Sequence] = []
         while len(self._launched) > lag:
             touched += self._collect(self._launched.popleft())
         return list(dict.fromkeys(touched))            # each once, though it may have got several tokens
 
-    def _results_of(self, sequences: list[Sequence]) -> _Launched:
-        """Where to find what the step just launched chooses for them."""
+    def _expect(self, sequences: list[Sequence]) -> None:
+        """Note where what the step just launched chooses for them is to be found."""
         ready = None
         if self.model.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        launched = _Launched(sequences, [s.slot for s in sequences], [s.start + s.launched for s in sequences], ready)
+        self._launched.append(_Launched(sequences, [s.slot for s in sequences],
+                                        [s.start + s.launched for s in sequences], ready))
         for sequence in sequences:
             sequence.launched += 1
-        return launched
 
     def _collect(self, launched: _Launched) -> list[Sequence]:
         if launched.ready is not None:
@@ -168,7 +168,7 @@ class Engine:
         rows = to_device(torch.tensor(slots, dtype=torch.int32), self.model.device)
         self.running += admitted
         self.model.ops.sample(logits, self.pool, rows, 0)
-        self._launched.append(self._results_of(admitted))
+        self._expect(admitted)
 
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """Put the states and prompts of sequences into their slots. Returns the logits after each [n, padded vocab].

@@ -175,12 +175,9 @@ class SoftmaxMixer:
         x = self.ops.norm_linear(*stream, self.linear_in)
         q, k, v = self.ops.rope_run(x, pack.rotation, self.heads, self.head_dim, self.padded)
         if pack.fresh:
-            longest, count = max(pack.lengths), len(pack.lengths)
-            if self.window is None and count > 1 and longest == min(pack.lengths):         # cuDNN takes no packs
-                o = causal_attention(*(x.unflatten(0, (count, longest)) for x in (q, k, v))).flatten(0, 1)[None]
-            else:
-                o = causal_attention(q[None], k[None], v[None], window=self.window, cu_seqlens=pack.bounds,
-                                     longest=(longest, longest))
+            longest = max(pack.lengths)
+            o = causal_attention(q[None], k[None], v[None], window=self.window, cu_seqlens=pack.bounds,
+                                 longest=(longest, longest))
         else:
             o = self._continue(q, k, v, pack, keys, values)
         tokens, slots, ring = pack.kept(keys.shape[2])

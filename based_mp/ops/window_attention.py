@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from based_mp.ops import backends
-from based_mp.ops.fused.rotary_attention import RotaryAttention, rope_frequency
+from based_mp.ops.fused.rotary_attention import RotaryAttention, heads_first, rope_frequency
 from based_mp.ops.window_cuda import rotary_window_attention
 
 
@@ -60,6 +60,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
     O(seq·window) with a window. Returns [batch, seq, heads, head_dim].
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if window is None and cu_seqlens_k is None and q.shape[-1] % 8 == 0:
+            count = _equal_sequences(q, cu_seqlens, longest)
+            rows = heads_first(*(x.reshape(count, -1, *x.shape[2:]) for x in (q, k, v))) if count else None
+            if rows and backends.cudnn_attention(*rows):
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    o = F.scaled_dot_product_attention(*rows, is_causal=True)
+                return o.transpose(1, 2).reshape(q.shape)
         return _flash(q, k, v, window, cu_seqlens, cu_seqlens_k, longest)
     if cu_seqlens_k is not None:
         return _continued(q, k, v, window, cu_seqlens.tolist(), cu_seqlens_k.tolist())
@@ -72,17 +79,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
     return _blocked(q, k, v, window, doc)
 
 
+def _equal_sequences(q: Tensor, cu_seqlens: Tensor | None, longest: tuple[int, int] | None) -> int:
+    """How many sequences of one length q [batch, seq, …] holds, as a batch or as a pack of several; else 0. cuDNN takes
+    them alone, and sets itself up for each length: not worth it for a pack of one."""
+    if cu_seqlens is None:
+        return q.shape[0]
+    count = cu_seqlens.numel() - 1
+    return count if longest and count > 1 and count * longest[0] == q.shape[1] else 0
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None,
            cu_seqlens_k: Tensor | None, longest: tuple[int, int] | None) -> Tensor:
-    """torch's built-in flash kernel over packed sequences, of which a batch is one of equal lengths; a batch in cuDNN
-    where attention is full."""
+    """torch's built-in flash kernel over packed sequences; a batch is a pack of equal lengths."""
     from torch.nn.attention.varlen import varlen_attn
     b, s = q.shape[:2]
-    if cu_seqlens is None and window is None and q.shape[-1] % 8 == 0:
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        if backends.cudnn_attention(*heads_first):
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
     d = q.shape[-1]

@@ -43,10 +43,10 @@ class RotaryAttention(torch.autograd.Function):
             q, k, v = qkv[:, 0].unbind(-2)
         ctx.options = {"scale": dim ** -0.5}
         ctx.causal = window is None
-        ctx.cudnn = ctx.causal and cu_seqlens is None and backends.cudnn_attention(*_heads_first(q, k, v))
+        ctx.cudnn = ctx.causal and cu_seqlens is None and backends.cudnn_attention(*heads_first(q, k, v))
         if ctx.cudnn:
             o, lse, _, _, _, _, rng, unused, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                *_heads_first(q, k, v), None, True, 0.0, True, False, **ctx.options)
+                *heads_first(q, k, v), None, True, 0.0, True, False, **ctx.options)
             o = o.transpose(1, 2)
         else:
             ctx.options |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
@@ -69,8 +69,8 @@ class RotaryAttention(torch.autograd.Function):
         if do.stride(-1) != 1:
             do = do.contiguous()
         if ctx.cudnn:
-            grads = _heads_first(*torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-                *_heads_first(do, q, k, v, o), lse, rng, unused, None, None, None, seq, seq, 0.0, True, **ctx.options))
+            grads = heads_first(*torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *heads_first(do, q, k, v, o), lse, rng, unused, None, None, None, seq, seq, 0.0, True, **ctx.options))
         else:
             grads = torch.ops.aten._flash_attention_backward(
                 do, q, k, v, o, lse, cu_seqlens, cu_seqlens, seq, seq, 0.0, ctx.causal, rng, unused, **ctx.options)
@@ -87,7 +87,7 @@ def _padded(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
+def heads_first(*tensors: Tensor) -> list[Tensor]:
     """[batch, seq, heads, head_dim] → [batch, heads, seq, head_dim], and back."""
     return [t.transpose(1, 2) for t in tensors]
 
