@@ -83,7 +83,6 @@ def gate(module: torch.nn.Module, model: InferenceModel, length: int = 384) -> d
     with torch.no_grad():
         full = module(tokens, torch.zeros_like(tokens), None).float()
     pool, slots, cut = model.new_pool(4, 1024), [2, 0], length // 2
-    pool.reset(slots)
     rows = torch.tensor(slots, dtype=torch.int32, device="cuda")
     got = [model.prefill(pool, [t[:cut].tolist() for t in tokens], slots, [0, 0], every=True).view(2, cut, -1)]
     for t in range(cut, length):

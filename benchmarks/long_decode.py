@@ -70,7 +70,6 @@ def decoded_losses(model: InferenceModel, tokens: Tensor) -> Tensor:
 def parallel_losses(model: InferenceModel, tokens: Tensor) -> Tensor:
     """The same, all tokens at once through the kernels of training."""
     pool = model.new_pool(1, len(tokens))
-    pool.reset([0])
     logits = model.prefill(pool, [tokens.tolist()], [0], [0], every=True)
     pieces = zip(logits[:-1].split(2048), tokens[1:].split(2048), strict=True)
     return torch.cat([_losses(*piece, model.config.vocab_size) for piece in pieces])

@@ -148,7 +148,6 @@ def differences(generator: Generator, choices: dict[int, list[dict]]) -> list[fl
         prompt = tokenizer.encode(request_of(i)["prompt"]) or [tokenizer.eod]
         for told in (c["logprobs"] for c in said if c.get("logprobs") and c["logprobs"]["tokens"]):
             tokens = tokenizer.encode("".join(told["tokens"]))
-            pool.reset([0])
             logits = model.prefill(pool, [prompt + tokens[:-1]], [0], [0], every=True)[-len(tokens) :]
             own = logits[:, : model.config.vocab_size].float().log_softmax(-1)
             own = own.gather(-1, torch.tensor(tokens, device=own.device)[:, None])[:, 0].tolist()

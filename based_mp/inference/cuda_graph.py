@@ -1,14 +1,32 @@
-"""Decoding steps as CUDA graphs, one a batch size."""
+"""Decoding steps and short prompts as CUDA graphs, one a size.
+
+Started one by one, the few hundred kernels of a pass over little data take the host several times as long as the GPU.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from based_mp.inference.model import InferenceModel
+from based_mp.inference.pack import FixedPack
 from based_mp.inference.state import StatePool, to_device
 
 # Batch sizes that graphs are captured for; a step runs in the smallest that holds its rows.
 SIZES = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+# Sizes of passes over prompts. Longer ones keep the GPU busy as they are.
+TOKENS = [32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+PIECES = [2, 3, 5, 9, 17, 33, 65]
+
+
+def _capture(run: Callable[[], Tensor | None], memory: object) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+    """A graph of what `run`, which has run before, launches, and its result, which every replay writes."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        result = run()
+    return graph, result
 
 
 class Decoder:
@@ -55,8 +73,49 @@ class Decoder:
         with torch.cuda.stream(side):
             self._eager(size)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._eager(size)
+        graph, _ = _capture(lambda: self._eager(size), self._memory)
         self.slots[:size] = slots
         return graph
+
+
+class Prefiller:
+    """Puts prompts into slots, as `InferenceModel.prefill` does.
+
+    Where the CUDA kernels run the model, few tokens that start documents are filled up to a pass of TOKENS × PIECES
+    and, unless graphs are turned off, replayed from a graph that is captured when a size comes for the second time.
+    """
+
+    def __init__(self, model: InferenceModel, pool: StatePool, *, graphs: bool = True) -> None:
+        self.model, self.pool, self.graphs = model, pool, graphs
+        self.fills = model.ops.PADS_ROWS and model.capturable
+        self._packs: dict[tuple[int, int], FixedPack] = {}
+        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self.fills and graphs else None
+
+    def run(self, tokens: list[list[int]], slots: list[int], starts: list[int]) -> Tensor:
+        """Logits after each piece, as `InferenceModel.prefill` returns them; the next call may change them."""
+        size = self._size(tokens) if self.fills and not any(starts) else None
+        if size is None:
+            return self.model.prefill(self.pool, tokens, slots, starts)
+        seen = size in self._packs
+        if not seen:
+            self._packs[size] = FixedPack(self.pool, *size, self.model.rotate)
+        pack = self._packs[size]
+        pack.load(tokens, slots)
+        if not (seen and self.graphs):
+            return self.model.run(pack, pack.ids)[: len(tokens)]
+        if size not in self._captured:
+            self._captured[size] = _capture(lambda: self.model.run(pack, pack.ids), self._memory)
+        graph, logits = self._captured[size]
+        graph.replay()
+        return logits[: len(tokens)]
+
+    @staticmethod
+    def _size(tokens: list[list[int]]) -> tuple[int, int] | None:
+        """The smallest pass that has room for these pieces and at least one idle one; None where there is none."""
+        pieces = next((n for n in PIECES if n > len(tokens)), None)
+        if pieces is None:
+            return None
+        needed = sum(map(len, tokens)) + pieces - len(tokens)
+        length = next((n for n in TOKENS if n >= needed), None)
+        return None if length is None else (length, pieces)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from based_mp.errors import UserError
-from based_mp.inference.cuda_graph import Decoder
+from based_mp.inference.cuda_graph import Decoder, Prefiller
 from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
 from based_mp.inference.state import LAG, SequenceState, StatePool, to_device
+
+# A pass over prompts makes all that run wait, and takes hardly longer for several prompts than for one. While more
+# sequences wait than there are free slots, it is made once a share of the slots is free, or after some steps.
+ADMIT_SHARE, PATIENCE = 1 / 16, 8
 
 
 @dataclass(eq=False)
@@ -72,11 +76,13 @@ class Engine:
         self.model, self.eod, self.prefill_tokens = model, eod, prefill_tokens
         self.pool: StatePool = model.new_pool(slots, length)
         self.decoder = Decoder(model, self.pool, graphs=graphs)
+        self.prefiller = Prefiller(model, self.pool, graphs=graphs)
         self.free = list(range(slots))[::-1]
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._launched: deque[_Launched] = deque()
         self._rows: list[Sequence] = []
+        self._held = 0                                 # steps that free slots have been held back
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError where full attention or Hyena cannot keep all its tokens."""
@@ -154,6 +160,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to waiting sequences, run their prompts, and choose their first tokens."""
+        few = len(self.free) < min(len(self.waiting), self.pool.slots * ADMIT_SHARE)
+        if few and self.running and self._held < PATIENCE:
+            self._held += bool(self.free)
+            return
+        self._held = 0
         admitted: list[Sequence] = []
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
@@ -176,7 +187,6 @@ class Engine:
         What is given several times runs once and is copied.
         """
         same = _leaders(sequences)
-        self.pool.reset([s.slot for s in sequences])
         after: list[Tensor | None] = [None] * len(sequences)
         left = []                                      # (sequence, tokens to run, tokens seen)
         for i in dict.fromkeys(same):
@@ -199,8 +209,10 @@ class Engine:
                     pieces.append((i, now, seen))
                 if len(now) < len(prompt):
                     rest.append((i, prompt[len(now) :], seen + len(now)))
-            logits = self.model.prefill(self.pool, [now for _, now, _ in pieces],
-                                        [sequences[i].slot for i, _, _ in pieces], [seen for *_, seen in pieces])
+            logits = self.prefiller.run([now for _, now, _ in pieces], [sequences[i].slot for i, _, _ in pieces],
+                                        [seen for *_, seen in pieces])
+            if rest:
+                logits = logits.clone()                # the next pass may be of the same size
             for row, (i, *_) in enumerate(pieces):
                 after[i] = logits[row]
             left = rest

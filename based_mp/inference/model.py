@@ -7,11 +7,9 @@ row-parallel and a sum over the ranks out of it.
 
 from __future__ import annotations
 
-import itertools
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from based_mp.config import ModelConfig
+from based_mp.inference.pack import AnyPack, Pack, flatten
 from based_mp.inference.state import RECENT, StatePool, to_device
 from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
@@ -37,6 +36,7 @@ from based_mp.ops.window_attention import causal_attention
 Stream = tuple[Tensor, Any, float]
 # What a mixer makes of it: the input of its output product, and the bias which is to be added to that.
 Mixed = tuple[Tensor, Tensor | None]
+# Mixers have `capturable`: whether their `prefill` of a FixedPack waits for nothing, as in a CUDA graph.
 
 
 @dataclass
@@ -48,57 +48,13 @@ class Rows:
     rotation: Tensor
 
 
-class Pack:
-    """Pieces of several sequences laid end to end; no piece is empty, no slot occurs twice.
-
-    slots, starts, lengths: of each piece its slot, the tokens that its slot has seen, its own tokens.
-    """
-
-    def __init__(self, pool: StatePool, slots: list[int], starts: list[int], lengths: list[int],
-                 frequency: Tensor, ops: object) -> None:
-        device = pool.positions.device
-        self.pool, self.starts, self.lengths, self.fresh = pool, starts, lengths, not any(starts)
-        self._frequency, self._ops = frequency, ops
-        self.slot_list, self.slots = slots, to_device(slots, device)
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
-        self.bounds = to_device(bounds.int(), device)
-        self.last = to_device(bounds[1:] - 1, device)                 # last token of every piece
-        self._ends = torch.tensor(starts) + torch.tensor(lengths)
-        self._document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        self._positions = (torch.tensor(starts) - bounds[:-1])[self._document] + torch.arange(int(bounds[-1]))
-        self.ends = to_device(self._ends.int(), device)               # tokens every slot has seen after the pack
-        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def tail(self, count: int) -> tuple[Tensor, Pack]:
-        """The last `count` tokens of every piece: (which they are in this pack, a pack of them alone)."""
-        lengths = [min(length, count) for length in self.lengths]
-        skipped = [length - own for length, own in zip(self.lengths, lengths, strict=True)]
-        tokens = torch.tensor(skipped).cumsum(0).repeat_interleave(torch.tensor(lengths)) + torch.arange(sum(lengths))
-        starts = [start + more for start, more in zip(self.starts, skipped, strict=True)]
-        pack = Pack(self.pool, self.slot_list, starts, lengths, self._frequency, self._ops)
-        return to_device(tokens, self.slots.device), pack
-
-    @cached_property
-    def rotation(self) -> Tensor:
-        """fp32 [tokens, 2, half] of the tokens' positions; only softmax attention asks for it."""
-        return self._ops.rotations(to_device(self._positions, self.slots.device), self._frequency)
-
-    def kept(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens that a ring of `capacity` still holds at the end, their slots, their places in the ring)."""
-        if capacity not in self._kept:                                # on the host: its size must not be waited for
-            tokens = (self._ends[self._document] - self._positions <= capacity).nonzero()[:, 0]
-            slots = torch.tensor(self.slot_list)[self._document[tokens]]
-            kept = (tokens, slots, self._positions[tokens] % capacity)
-            self._kept[capacity] = tuple(to_device(t, self.slots.device) for t in kept)
-        return self._kept[capacity]
-
-
 class ConvMixer:
     """Gated short convolution. Its state: the last taps − 1 inputs of the convolution."""
 
     def __init__(self, w: dict[str, Tensor], ops: object) -> None:
         self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.bias, self.conv, self.out_bias, self.ops = w["linear_in.bias"], w["conv_weight"], w["out_bias"], ops
+        self.capturable = backends.gated_conv_backend(self.conv, self.conv, None) == "cuda"
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         channels, taps = self.conv.shape
@@ -107,9 +63,10 @@ class ConvMixer:
     def step(self, stream: Stream, rows: Rows, carry: Tensor) -> Mixed:
         return self.ops.norm_conv_step(*stream, self.linear_in, self.bias, self.conv, self.out_bias, rows.slots, carry)
 
-    def prefill(self, stream: Stream, pack: Pack, carry: Tensor) -> Mixed:
+    def prefill(self, stream: Stream, pack: AnyPack, carry: Tensor) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
-        y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, carry[pack.slots])
+        before = None if pack.fresh else carry[pack.slots]
+        y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, before)
         return y, self.out_bias
 
 
@@ -127,6 +84,7 @@ class TaylorMixer:
         if config.decay_exponent is not None:
             self.decay = torch.tensor(log_decay(config.decay_exponent, tp_rank * self.heads, self.heads),
                                       device=self.linear_in.device)
+        self.capturable = self.decay is None
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         features = taylor_feature_dim(self.feature_dim)
@@ -142,7 +100,7 @@ class TaylorMixer:
         return self.ops.norm_taylor_step_(*stream, self.linear_in, rows.slots, rows.pool, kv, z, recent, self.decay,
                                           self.feature_dim), None
 
-    def prefill(self, stream: Stream, pack: Pack, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Mixed:
+    def prefill(self, stream: Stream, pack: AnyPack, kv: Tensor, z: Tensor, recent: Tensor | None = None) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
         f, qkv = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None
@@ -156,6 +114,8 @@ class TaylorMixer:
 
 class SoftmaxMixer:
     """Softmax attention with RoPE. Its state: a ring of the window's keys and values, or of all of them."""
+
+    capturable = True
 
     def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, window: int | None,
                  tp_size: int) -> None:
@@ -171,19 +131,17 @@ class SoftmaxMixer:
         return self.ops.norm_attention_step(*stream, self.linear_in, rows.slots, rows.pool.positions, rows.rotation,
                                             keys, values, self.head_dim), None
 
-    def prefill(self, stream: Stream, pack: Pack, keys: Tensor, values: Tensor) -> Mixed:
+    def prefill(self, stream: Stream, pack: AnyPack, keys: Tensor, values: Tensor) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
         q, k, v = self.ops.rope_run(x, pack.rotation, self.heads, self.head_dim, self.padded)
         if pack.fresh:
-            longest = max(pack.lengths)
             o = causal_attention(q[None], k[None], v[None], window=self.window, cu_seqlens=pack.bounds,
-                                 longest=(longest, longest))
+                                 longest=(pack.longest, pack.longest))
         else:
             o = self._continue(q, k, v, pack, keys, values)
         tokens, slots, ring = pack.kept(keys.shape[2])
-        whole = tokens.shape[0] == k.shape[0]
         for buffer, new in ((keys, k), (values, v)):
-            buffer[slots, :, ring] = new if whole else new[tokens]
+            buffer[slots, :, ring] = new if tokens is None else new[tokens]
         return o[0, :, :, : self.head_dim].flatten(1), None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
@@ -200,11 +158,13 @@ class SoftmaxMixer:
         bounds = to_device(torch.tensor([0, *totals]).cumsum(0).int(), q.device)
         return causal_attention(q[None], torch.cat(parts[0])[None], torch.cat(parts[1])[None], window=self.window,
                                 cu_seqlens=pack.bounds, cu_seqlens_k=bounds,
-                                longest=(max(pack.lengths), max(totals)))
+                                longest=(pack.longest, max(totals)))
 
 
 class ModuleMixer:
     """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
+
+    capturable = False
 
     def __init__(self, module: RowMixer, norm: Tensor, ops: object, dtype: torch.dtype) -> None:
         self.module, self.norm, self.ops, self.dtype = module, norm, ops, dtype
@@ -225,6 +185,9 @@ class ModuleMixer:
 
     def prefill(self, stream: Stream, pack: Pack, **buffers: Tensor) -> Mixed:
         x = self._project(stream)
+        if pack.fresh:
+            for buffer in buffers.values():
+                buffer[pack.slots] = 0
         return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
                              buffers), None
 
@@ -271,6 +234,8 @@ class InferenceModel:
                        for i, kind in enumerate(config.mixers)]
         half = int(config.head_dim * config.rotary_fraction) // 2
         self.frequency = rope_frequency(half, config.rotary_base, self.device)
+        self.rotate = partial(self.ops.rotations, frequency=self.frequency)
+        self.capturable = all(layer.mixer.capturable for layer in self.layers)
 
     def _layer(self, w: dict[str, Tensor], prefix: str, kind: str, module: torch.nn.Module) -> Layer:
         inner = prefix + "self_attention."
@@ -293,7 +258,7 @@ class InferenceModel:
 
     def new_pool(self, slots: int, length: int) -> StatePool:
         """Empty states for `slots` sequences; `length`: most tokens of a sequence that full attention keeps."""
-        return StatePool([layer.mixer.buffers(slots, length) for layer in self.layers], slots, length,
+        return StatePool([layer.mixer.buffers(slots + 1, length) for layer in self.layers], slots, length,
                          self.config.vocab_size, self.device, on_host=self.ops.RESULTS_ON_HOST)
 
     @torch.no_grad()
@@ -305,27 +270,34 @@ class InferenceModel:
         return self._run(self._sum(residual), pool,
                          lambda layer, stream, state, _: layer.mixer.step(stream, rows, **state))
 
-    @torch.no_grad()
     def prefill(self, pool: StatePool, tokens: list[list[int]], slots: list[int], starts: list[int], *,
                 every: bool = False) -> Tensor:
         """Feed each of these slots its tokens. Returns logits after each piece [pieces, padded vocab].
 
-        starts: tokens that each slot has seen. every: logits after every token [all tokens, padded vocab] instead.
+        starts: tokens that each slot has seen; where it is 0, what is in the slot does not count. every: logits after
+        every token [all tokens, padded vocab] instead.
         """
-        flat = array("q", itertools.chain.from_iterable(tokens))      # torch.tensor takes three times as long
-        ids = to_device(torch.frombuffer(flat, dtype=torch.int64), self.device)
-        pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.frequency, self.ops)
+        pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.rotate)
+        empty = [slot for slot, start in zip(slots, starts, strict=True) if start == 0]
+        if empty and not pack.fresh:
+            pool.reset(empty)
+        return self.run(pack, to_device(flatten(tokens), self.device), every=every)
+
+    @torch.no_grad()
+    def run(self, pack: AnyPack, ids: Tensor, *, every: bool = False) -> Tensor:
+        """`prefill` of a pack whose tokens are `ids`."""
         residual = self.ops.embed(ids, self.embedding, self._first_id).to(self.residual_dtype)
-        logits = self._run(self._sum(residual), pool, lambda layer, stream, state, ends:
+        logits = self._run(self._sum(residual), pack.pool, lambda layer, stream, state, ends:
                            layer.mixer.prefill(stream, ends or pack, **state), None if every else pack)
-        pool.positions[pack.slots] = pool.starts[pack.slots] = pack.ends
+        pack.pool.positions[pack.slots] = pack.pool.starts[pack.slots] = pack.ends
         return logits
 
     @property
     def _first_id(self) -> int:
         return self.tp_rank * self.embedding.shape[0]
 
-    def _run(self, residual: Tensor, pool: StatePool, mix: Callable[..., Tensor], ends: Pack | None = None) -> Tensor:
+    def _run(self, residual: Tensor, pool: StatePool, mix: Callable[..., Tensor],
+             ends: AnyPack | None = None) -> Tensor:
         """Logits of every row; of each piece's last where `ends` is given, the pack that the rows are.
 
         mix: (layer, stream, state, ends) → what the mixer makes.
@@ -333,8 +305,8 @@ class InferenceModel:
         ops, eps, pending = self.ops, self.config.norm_eps, None
         for layer, state in zip(self.layers, pool.buffers, strict=True):
             only_ends = ends is not None and layer is self.layers[-1]
-            if only_ends and isinstance(layer.mixer, ConvMixer):      # the rest does not reach the ends
-                tokens, ends = ends.tail(layer.mixer.conv.shape[1])
+            if only_ends and isinstance(layer.mixer, ConvMixer) and (tail := ends.tail(layer.mixer.conv.shape[1])):
+                tokens, ends = tail                                   # the rest does not reach the ends
                 residual, pending = residual[tokens], pending and pending[tokens]
             x, bias = mix(layer, (residual, pending, eps), state, ends)
             if only_ends:

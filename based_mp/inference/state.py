@@ -54,19 +54,21 @@ class SequenceState:
 class StatePool:
     """Buffers whose first dimension is the slot; their addresses never change, so CUDA graphs can hold them.
 
-    buffers: of every layer its tensors (see the mixers' `buffers`); states: those of them that a state consists of. A
-    slot also has the token that comes next, the number of tokens it has seen (positions) and had seen when its
-    generation began (starts), and how its tokens are sampled. What was chosen after p tokens, and its log probability,
-    is in column p modulo their number of chosen int32 and logprobs fp32 [slots, LAG + 2]: with on_host in memory of the
-    host that kernels write. `copy` and `read` are for slots whose generation has not begun.
+    buffers: of every layer its tensors (see the mixers' `buffers`) of slots + 1 slots; what the last, `spare`, holds
+    does not count. states: those of them that a state consists of. A slot also has the token that comes next, the
+    number of tokens it has seen (positions) and had seen when its generation began (starts), and how its tokens are
+    sampled. What was chosen after p tokens, and its log probability, is in column p modulo their number of chosen int32
+    and logprobs fp32 [slots, LAG + 2]: with on_host in memory of the host that kernels write. `copy` and `read` are for
+    slots whose generation has not begun.
     """
 
     def __init__(self, buffers: list[dict[str, Tensor]], slots: int, length: int, vocab_size: int,
                  device: torch.device, *, on_host: bool = False) -> None:
         self.buffers, self.slots, self.length, self.vocab_size = buffers, slots, length, vocab_size
+        self.spare = slots
         self.states = [{name: t for name, t in layer.items() if name != RECENT} for layer in buffers]
-        self.tokens, self.positions, self.starts, self.top_k = (torch.zeros(slots, dtype=torch.int32, device=device)
-                                                                for _ in range(4))
+        self.tokens, self.positions, self.starts, self.top_k = (
+            torch.zeros(slots + 1, dtype=torch.int32, device=device) for _ in range(4))
         self.temperature, self.top_p = torch.zeros(slots, device=device), torch.ones(slots, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
         place: dict[str, Any] = {"pin_memory": True} if on_host else {"device": device}

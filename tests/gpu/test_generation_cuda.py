@@ -244,7 +244,6 @@ def decoded(model, tokens, cut, last):
     """Logits at every position: prefill, single tokens, and a prefill that continues."""
     slots = torch.randperm(len(tokens) + 5)[: len(tokens)].tolist()
     pool = model.new_pool(len(tokens) + 5, tokens.shape[1])
-    pool.reset(slots)
     rows = torch.tensor(slots, dtype=torch.int32, device="cuda")
 
     def part(a, e):
@@ -297,6 +296,7 @@ def run(model, graphs, slots):
     while not engine.idle:
         engine.step()
     assert sorted(engine.free) == list(range(slots))
+    assert engine.prefiller._packs and bool(engine.prefiller._captured) == graphs
     return sequences
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from based_mp.inference.cuda_graph import Prefiller
 from based_mp.inference.engine import Engine, Sequence
 from based_mp.inference.generate import Generator
 from based_mp.inference.model import InferenceModel
@@ -65,7 +66,6 @@ def test_prefill_and_decode_equal_the_full_forward(trained, length):
         full = module(tokens, torch.zeros_like(tokens), None)
     pool, first, last = model.new_pool(4, 256), (length + 2) // 3, length - length // 3
     slots = [3, 1]
-    pool.reset(slots)
     rows = torch.tensor(slots, dtype=torch.int32)
 
     def part(a, e):
@@ -118,6 +118,30 @@ def test_ragged_batch_equals_each_alone(model, prefill_tokens):
         assert alone.tokens == completion.tokens
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(completion.logprobs), rtol=1e-3,
                                    atol=1e-4)
+
+
+def test_prompts_in_passes_of_fixed_sizes(model):
+    """Give what they give alone, in slots that held others, and leave the other slots as they were."""
+    prefiller = Prefiller(model, model.new_pool(4, 256), graphs=False)
+    prefiller.fills, pool, alone = True, prefiller.pool, model.new_pool(1, 256)
+    sizes = set()
+    for lengths in ((31,), (1, 130, 20), (2, 5, 90), (32,), (3, 27, 1)):
+        prompts, slots = [prompt_of(n) for n in lengths], [2, 0, 3][: len(lengths)]
+        rest = [slot for slot in range(4) if slot not in slots]
+        before = [t[rest].clone() for layer in pool.states for t in layer.values()]
+        logits = prefiller.run(prompts, slots, [0] * len(slots))
+        sizes.add(prefiller._size(prompts))
+        after = [t[rest] for layer in pool.states for t in layer.values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for slot, prompt, own in zip(slots, prompts, logits, strict=True):
+            torch.testing.assert_close(own, model.prefill(alone, [prompt], [0], [0])[0], rtol=1e-4, atol=1e-4)
+            both = []
+            for at, p in ((slot, pool), (0, alone)):
+                p.tokens[at] = 7
+                both.append(model.step(p, torch.tensor([at], dtype=torch.int32)))
+            torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+    assert sizes == {(32, 2), (192, 5), (128, 5), (64, 2), (64, 5)} and prefiller._packs.keys() == sizes
+    assert prefiller._size([[1] * 2048]) is prefiller._size([[1]] * 65) is None
 
 
 def test_states_are_forked_saved_and_continued(generator, tmp_path):

@@ -41,7 +41,6 @@ class Rows:
     def __init__(self, inference, count):
         self.inference, self.pool, self.seen = inference, inference.new_pool(count + 2, 200), [0] * count
         self.slots = [count + 1 - i for i in range(count)]
-        self.pool.reset(self.slots)
 
     def feed(self, pieces):
         """pieces: token ids a row, none empty; as a pack."""
