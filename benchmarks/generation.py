@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -148,8 +149,42 @@ def engine_run(model: InferenceModel, batch: int, new: int) -> float:
         while not engine.idle:
             engine.step()
         return time.perf_counter() - start
-    run(4)                                             # captures the graph
+    for _ in range(2):                                 # captures the graphs
+        run(4)
     return run(new)
+
+
+def first_token_ms(model: InferenceModel, length: int, repeats: int = 9) -> float:
+    """Milliseconds from a prompt's submission until its first token is with the host, when nothing else runs."""
+    engine, took = Engine(model, EOD, slots=1, length=length + 16), []
+    for i in range(repeats):
+        sequence = Sequence([(i * 97 + j) % 50000 for j in range(length)], Sampling(1))
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        engine.submit(sequence)
+        while not engine.idle:
+            engine.step()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[2:]) * 1e3
+
+
+def serving(model: InferenceModel, slots: int = 64, requests: int = 768) -> dict[str, float]:
+    """Requests of 16 to 100 prompt tokens and 16 to 64 new ones that wait for slots, host included."""
+    engine = Engine(model, EOD, slots=slots, length=192)
+
+    def run() -> tuple[float, int]:
+        sequences = [Sequence([(i * 131 + j) % 50000 for j in range(16 + i % 85)],
+                              Sampling(16 + i % 49, 0.8, None, None, i)) for i in range(requests)]
+        start = time.perf_counter()
+        for sequence in sequences:
+            engine.submit(sequence)
+        while not engine.idle:
+            engine.step()
+        return time.perf_counter() - start, sum(len(s.tokens) for s in sequences)
+    for _ in range(2):                                 # captures the graphs
+        run()
+    seconds, tokens = run()
+    return {"slots": slots, "requests_per_s": requests / seconds, "tokens_per_ms": tokens / seconds / 1e3}
 
 
 def prefill_ms(model: InferenceModel, batch: int, length: int) -> float:
@@ -222,6 +257,10 @@ def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
     result["prefill_4096_x_16_ms"] = prefill_ms(model, 16, 4096)
     free()
     say(kind, "prefill 4096 x 16:", result["prefill_4096_x_16_ms"], "ms")
+    result["first_token_ms"] = {length: first_token_ms(model, length) for length in (16, 512, 4096)}
+    result["serving"] = serving(model)
+    free()
+    say(kind, json.dumps({k: result[k] for k in ("first_token_ms", "serving")}))
     result["sweep_4096"] = sweep(kind, model, weights, 4096, (QUICK if quick else BATCHES)[kind])
     return result
 

@@ -6,13 +6,14 @@
 namespace gated_conv {
 
 constexpr int kStrip = 32, kAhead = 4;
+constexpr int kShortStrip = 8, kFewTokens = 4096;   // few tokens take as long as one strip
 
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kThreads) forward_kernel(GatedConvArgs a) {
+__global__ void __launch_bounds__(kThreads) forward_kernel(GatedConvArgs a, int strip) {
     constexpr int N = Vec<T>::N;
     const int channel = (blockIdx.x * kThreads + threadIdx.x) * N;
     if (channel >= a.channels) return;
-    const int b = blockIdx.z, begin = blockIdx.y * kStrip, end = min(begin + kStrip, a.seq);
+    const int b = blockIdx.z, begin = blockIdx.y * strip, end = min(begin + strip, a.seq);
     Document doc{b, 0, a.seq};
     if (kPacked) doc = Document::at(a.cu_seqlens, a.docs, begin);
     float w[3][N], b1[N], b2[N], older[N], old[N];
@@ -60,10 +61,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GatedConvArgs a) {
 }
 
 template <typename T> void forward(const GatedConvArgs& a) {
-    const dim3 grid((a.channels / Vec<T>::N + kThreads - 1) / kThreads, (a.seq + kStrip - 1) / kStrip, a.batch);
+    const int strip = (int64_t)a.seq * a.batch < kFewTokens ? kShortStrip : kStrip;
+    const dim3 grid((a.channels / Vec<T>::N + kThreads - 1) / kThreads, (a.seq + strip - 1) / strip, a.batch);
     const auto stream = static_cast<cudaStream_t>(a.stream);
-    if (a.cu_seqlens) forward_kernel<T, true><<<grid, kThreads, 0, stream>>>(a);
-    else forward_kernel<T, false><<<grid, kThreads, 0, stream>>>(a);
+    if (a.cu_seqlens) forward_kernel<T, true><<<grid, kThreads, 0, stream>>>(a, strip);
+    else forward_kernel<T, false><<<grid, kThreads, 0, stream>>>(a, strip);
 }
 
 }  // namespace gated_conv

@@ -17,8 +17,8 @@ from based_mp.inference.state import StatePool, to_device
 # Batch sizes that graphs are captured for; a step runs in the smallest that holds its rows.
 SIZES = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 # Sizes of passes over prompts. Longer ones keep the GPU busy as they are.
-TOKENS = [32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-PIECES = [2, 3, 5, 9, 17, 33, 65]
+TOKENS = [32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192]
+PIECES = [1, 2, 3, 5, 9, 17, 33, 65]
 
 
 def _capture(run: Callable[[], Tensor | None], memory: object) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
@@ -112,10 +112,10 @@ class Prefiller:
 
     @staticmethod
     def _size(tokens: list[list[int]]) -> tuple[int, int] | None:
-        """The smallest pass that has room for these pieces and at least one idle one; None where there is none."""
-        pieces = next((n for n in PIECES if n > len(tokens)), None)
-        if pieces is None:
-            return None
-        needed = sum(map(len, tokens)) + pieces - len(tokens)
-        length = next((n for n in TOKENS if n >= needed), None)
+        """The pass that these pieces fill, or the smallest with idle pieces for the rest; None where there is none."""
+        count, total = len(tokens), sum(map(len, tokens))
+        if count in PIECES and total in TOKENS:
+            return total, count
+        pieces = next((n for n in PIECES if n > count), None)
+        length = next((n for n in TOKENS if pieces and n >= total + pieces - count), None)
         return None if length is None else (length, pieces)

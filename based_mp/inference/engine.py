@@ -16,7 +16,7 @@ from based_mp.inference.state import LAG, SequenceState, StatePool, to_device
 
 # A pass over prompts makes all that run wait, and takes hardly longer for several prompts than for one. While more
 # sequences wait than there are free slots, it is made once a share of the slots is free, or after some steps.
-ADMIT_SHARE, PATIENCE = 1 / 16, 8
+ADMIT_SHARE, PATIENCE = 1 / 8, 8
 
 
 @dataclass(eq=False)

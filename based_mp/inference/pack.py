@@ -92,7 +92,7 @@ class Pack:
 class FixedPack:
     """As `Pack`, always of `tokens` tokens in `pieces` pieces that start documents, at addresses that stay.
 
-    `load` fills it; what is missing are pieces of the pool's spare slot, so there must be room for one.
+    `load` fills it; pieces that are missing are of the pool's spare slot.
     """
 
     fresh = True
@@ -107,10 +107,10 @@ class FixedPack:
         self.bounds, self.ends = self._narrow.split([pieces + 1, pieces])
 
     def load(self, tokens: list[list[int]], slots: list[int]) -> None:
-        """The prompts of these slots: at most pieces − 1, at most `longest` − (pieces − len(tokens)) ids together."""
+        """The prompts of these slots: all tokens in all pieces, or fewer, with idle pieces for the rest."""
         idle, ids = self._pieces - len(tokens), flatten(tokens)
         rest = self.longest - len(ids)
-        lengths = [*map(len, tokens), *[1] * (idle - 1), rest - (idle - 1)]
+        lengths = [*map(len, tokens), *([1] * (idle - 1) + [rest - (idle - 1)] if idle else [])]
         layout = _lay_out(slots + [self.pool.spare] * idle, [0] * self._pieces, lengths)
         wide = torch.cat([ids, ids.new_zeros(rest), layout.positions, layout.ends[layout.piece],
                           layout.slots[layout.piece], layout.slots, layout.bounds[1:] - 1])

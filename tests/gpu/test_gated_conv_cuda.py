@@ -47,7 +47,8 @@ def compare(seq, batch, channels, dtype, bounds=None, with_carry=False, with_bia
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("seq, batch, channels", [(1, 1, 8), (2, 3, 16), (31, 2, 40), (65, 2, 2048), (700, 3, 3584)])
+@pytest.mark.parametrize("seq, batch, channels", [(1, 1, 8), (2, 3, 16), (31, 2, 40), (65, 2, 2048), (700, 3, 3584),
+                                                  (1400, 3, 72)])
 def test_sizes(seq, batch, channels, dtype):
     compare(seq, batch, channels, dtype)
     compare(seq, batch, channels, dtype, with_carry=True, with_bias=False)
@@ -58,6 +59,7 @@ def test_sizes(seq, batch, channels, dtype):
 def test_documents(dtype, with_carry):
     compare(300, 1, 64, dtype, [0, 5, 5, 63, 64, 65, 66, 127, 128, 129, 256, 257, 300], with_carry)
     compare(64, 1, 64, dtype, [0, 0, 64, 64], with_carry)
+    compare(5000, 1, 64, dtype, [0, 31, 32, 33, 1000, 1000, 4097, 5000], with_carry)
 
 
 def test_decoding_continues_a_prefill():

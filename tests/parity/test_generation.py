@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from based_mp.inference.cuda_graph import Prefiller
-from based_mp.inference.engine import Engine, Sequence
+from based_mp.inference.engine import PATIENCE, Engine, Sequence
 from based_mp.inference.generate import Generator
 from based_mp.inference.model import InferenceModel
 from based_mp.inference.sampling import Sampling
@@ -125,7 +125,7 @@ def test_prompts_in_passes_of_fixed_sizes(model):
     prefiller = Prefiller(model, model.new_pool(4, 256), graphs=False)
     prefiller.fills, pool, alone = True, prefiller.pool, model.new_pool(1, 256)
     sizes = set()
-    for lengths in ((31,), (1, 130, 20), (2, 5, 90), (32,), (3, 27, 1)):
+    for lengths in ((31,), (30,), (1, 130, 20), (2, 5, 90), (32,), (3, 26, 1), (5, 26)):
         prompts, slots = [prompt_of(n) for n in lengths], [2, 0, 3][: len(lengths)]
         rest = [slot for slot in range(4) if slot not in slots]
         before = [t[rest].clone() for layer in pool.states for t in layer.values()]
@@ -140,8 +140,8 @@ def test_prompts_in_passes_of_fixed_sizes(model):
                 p.tokens[at] = 7
                 both.append(model.step(p, torch.tensor([at], dtype=torch.int32)))
             torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
-    assert sizes == {(32, 2), (192, 5), (128, 5), (64, 2), (64, 5)} and prefiller._packs.keys() == sizes
-    assert prefiller._size([[1] * 2048]) is prefiller._size([[1]] * 65) is None
+    assert sizes == {(32, 2), (192, 5), (128, 5), (32, 1), (32, 3), (32, 5)} and prefiller._packs.keys() == sizes
+    assert prefiller._size([[1] * 8193]) is prefiller._size([[1]] * 65) is None
 
 
 def test_states_are_forked_saved_and_continued(generator, tmp_path):
@@ -304,6 +304,29 @@ def test_sequences_come_and_go(model):
     for sequence, prompt in zip(runs, (5, 9, 3, 40), strict=True):
         alone = Generator(model, Letters()).generate([prompt_of(prompt)], max_new_tokens=max(1, len(sequence.tokens)))
         assert sequence.tokens == alone[0].tokens[: len(sequence.tokens)]
+
+
+@pytest.mark.parametrize("ends, waiting, passes", [
+    ((3,), 1, {0: 16, 2: 1}), ((3, 4), 2, {0: 16, 3: 2}), ((3,), 2, {0: 16, 2 + PATIENCE: 1, 39: 1}),
+    ((3, 3, 4), 4, {0: 16, 2: 2, 3 + PATIENCE: 1, 39: 1})])
+def test_free_slots_are_filled_together(model, ends, waiting, passes):
+    """While more wait than slots are free, a pass over prompts takes several; but none waits for it long. A step makes
+    a token, the first one two. passes: by the step, how many prompts."""
+    engine, made, step = Engine(model, -1, slots=16, length=256), {}, 0
+    run = engine.prefiller.run
+
+    def counted(tokens, *rest):
+        made[step] = made.get(step, 0) + len(tokens)
+        return run(tokens, *rest)
+
+    engine.prefiller.run = counted
+    for i in range(16 + waiting):
+        new = ends[i] if i < len(ends) else 40 if i < 16 else 60
+        engine.submit(Sequence([i + 1], Sampling(max_new_tokens=new)))
+    while not engine.idle:
+        engine.step()
+        step += 1
+    assert made == passes and sorted(engine.free) == list(range(16))
 
 
 @pytest.mark.parametrize("options, word", [
