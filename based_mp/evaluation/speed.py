@@ -24,8 +24,8 @@ def open_generator(model: torch.nn.Module, config: Config, **options: int) -> Ge
 
 def state_bytes(model: InferenceModel, length: int) -> int:
     """Bytes of one sequence's generation state with room for `length` tokens, as it lies in memory."""
-    pool = model.new_pool(1, length)
-    return sum(t.numel() * t.element_size() for layer in pool.buffers for t in layer.values() if t.is_floating_point())
+    buffers = (t for layer in model.layers for t in layer.mixer.buffers(1, length).values())
+    return sum(t.numel() * t.element_size() for t in buffers if t.is_floating_point())
 
 
 def generation_speed(model: InferenceModel, *, batch: int, prompt: int, new: int) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""Speed of the completions server as clients on the same machine see it, beside the engine alone.
+
+    python benchmarks/serving.py [--config based_1.3b_window64] [--clients 96] [--slots 64] [--json FILE]
+
+Random weights, temperature 0.8, prompts of 16 to 100 token ids, answers of 16 to 64 tokens. Clients in a process of
+their own send one request after the other, first for whole answers, then for streams. Every answer must have all its
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+PROMPTS, ANSWERS = range(16, 101), range(16, 65)
+
+
+def request_of(i: int) -> tuple[list[int], int]:
+    """(prompt, tokens of the answer) of request number i."""
+    prompt = [(i * 131 + j) % 50000 for j in range(PROMPTS[i % len(PROMPTS)])]
+    return prompt, ANSWERS[i % len(ANSWERS)]
+
+
+async def ask(port: int, i: int, stream: bool) -> tuple[float, float, int, int]:
+    """Seconds to the first byte of the answer and to its end, its tokens and the events that brought them."""
+    prompt, new = request_of(i)
+    body = {"model": "m", "prompt": prompt, "max_tokens": new, "temperature": 0.8, "seed": i, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    content = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    start, first, data = time.perf_counter(), 0.0, b""
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                 b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+    while piece := await reader.read(1 << 16):
+        if not first and b"\r\n\r\n" in data + piece and not (data + piece).endswith(b"\r\n\r\n"):
+            first = time.perf_counter() - start
+        data += piece
+    writer.close()
+    tokens = int(re.search(rb'"completion_tokens": ?(\d+)', data)[1])
+    if not data.startswith(b"HTTP/1.1 200") or tokens != new:
+        raise SystemExit(f"error: request {i} got {tokens} tokens, not {new}: {data[:300]!r}")
+    return first, time.perf_counter() - start, tokens, data.count(b"data: ")
+
+
+async def load(port: int, clients: int, requests: int, stream: bool) -> dict[str, float]:
+    numbers, answers = iter(range(requests)), []
+
+    async def client() -> None:
+        for i in numbers:
+            answers.append(await ask(port, i, stream))
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - start
+    first, whole, tokens, events = zip(*answers, strict=True)
+    result = {"requests_per_s": requests / seconds, "tokens_per_ms": sum(tokens) / seconds / 1e3,
+              "answer_ms": statistics.median(whole) * 1e3}
+    if stream:
+        result |= {"first_byte_ms": statistics.median(first) * 1e3, "tokens_per_event": sum(tokens) / sum(events)}
+    return result
+
+
+def alone(model, slots: int, requests: int) -> float:
+    """Tokens a millisecond of the engine with all requests waiting."""
+    from based_mp.inference.engine import Engine, Sequence
+    from based_mp.inference.sampling import Sampling
+    engine, took = Engine(model, -1, slots=slots, length=192), []
+    for _ in range(3):                                 # the first two capture the graphs
+        start, tokens = time.perf_counter(), 0
+        for i in range(requests):
+            prompt, new = request_of(i)
+            engine.submit(Sequence(prompt, Sampling(new, 0.8, None, None, i)))
+            tokens += new
+        while not engine.idle:
+            engine.step()
+        took.append(tokens / (time.perf_counter() - start) / 1e3)
+    return took[-1]
+
+
+class Words:
+    """A tokenizer with a word of letters for every id, decoded by the library that real ones are decoded by."""
+
+    eod = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        from tokenizers import Tokenizer, models
+        self.vocab_size = vocab_size
+        self._tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+async def serve(model, slots: int, clients: int, requests: int) -> dict[str, object]:
+    from based_mp.inference.generate import Generator
+    from based_mp.inference.server import Service
+    from benchmarks.serve_load import serving
+    generator, result = Generator(model, Words(model.config.vocab_size)), {}
+    async with serving(Service(generator, "m", slots=slots, length=192, waiting=2 * clients)) as address:
+        for kind in ("whole", "whole", "streamed", "streamed"):             # the first of each captures graphs
+            command = [__file__, "--client", address.rpartition(":")[2], kind, str(clients), str(requests)]
+            client = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+            told, _ = await client.communicate()
+            if client.returncode:
+                raise SystemExit(f"error: the clients ended with {client.returncode}")
+            result[kind] = json.loads(told)
+    return result
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--client"]:
+        port, kind, clients, requests = sys.argv[2:]
+        print(json.dumps(asyncio.run(load(int(port), int(clients), int(requests), kind == "streamed"))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="based_1.3b_window64", help="of configs/")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--json", help="append the record to this file, one line a run")
+    parser.add_argument("--commit", help="commit to record (default: git's)")
+    args = parser.parse_args()
+    import torch
+
+    from based_mp.inference.model import InferenceModel
+    from based_mp.model.based_model import build_model
+    from based_mp.parallel import state
+    from benchmarks.record import git_commit
+    if not torch.cuda.is_available():
+        raise SystemExit("error: needs a GPU")
+    from based_mp.config import load_config
+    state.initialize(device="cuda")
+    config = load_config(Path(__file__).resolve().parents[1] / "configs" / f"{args.config}.yaml")
+    model = InferenceModel(build_model(config).eval(), config.model)
+    record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": args.commit or git_commit(),
+              "configuration": args.config, "slots": args.slots, "clients": args.clients, "requests": args.requests,
+              "engine_tokens_per_ms": alone(model, args.slots, args.requests)}
+    record |= asyncio.run(serve(model, args.slots, args.clients, args.requests))
+    print(json.dumps(record, indent=1))
+    if args.json:
+        with open(args.json, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    state.destroy()
+
+
+if __name__ == "__main__":
+    main()
