@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import random
-import socket
 import sys
 import time
 from pathlib import Path
@@ -23,12 +22,11 @@ from pathlib import Path
 import httpx
 import psutil
 import torch
-import uvicorn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from based_mp.inference.generate import Generator
-from based_mp.inference.server import Service, create_app
+from based_mp.inference.server import Service, new_server, port_of
 
 TOLERANCE = {"cpu": 1e-3, "cuda": 0.25}      # of a log probability: fp32, bf16; another prompt's differ by more than 1
 
@@ -41,17 +39,15 @@ BAD = [({"prompt": "a", "model": "other"}, 404), ({"prompt": "a", "max_tokens": 
 @contextlib.asynccontextmanager
 async def serving(service: Service):
     """The address of a server that runs on this event loop."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
-        task = asyncio.create_task(server.serve([listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await task
+    server = new_server(service, "127.0.0.1", 0, log_level="error")
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port_of(server)}"
+    finally:
+        server.should_exit = True
+        await task
 
 
 def request_of(i: int) -> dict:

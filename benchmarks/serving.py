@@ -14,7 +14,9 @@ import asyncio
 import json
 import re
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,19 +105,29 @@ class Words:
         return self._tokenizer.decode(ids)
 
 
-async def serve(model, slots: int, clients: int, requests: int) -> dict[str, object]:
+def serve(model, slots: int, clients: int, requests: int) -> dict[str, object]:
+    """Serve as launch/serve.py does, and what the clients found."""
     from based_mp.inference.generate import Generator
-    from based_mp.inference.server import Service
-    from benchmarks.serve_load import serving
+    from based_mp.inference.server import Service, new_server, port_of
     generator, result = Generator(model, Words(model.config.vocab_size)), {}
-    async with serving(Service(generator, "m", slots=slots, length=192, waiting=2 * clients)) as address:
-        for kind in ("whole", "whole", "streamed", "streamed"):             # the first of each captures graphs
-            command = [__file__, "--client", address.rpartition(":")[2], kind, str(clients), str(requests)]
-            client = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
-            told, _ = await client.communicate()
-            if client.returncode:
-                raise SystemExit(f"error: the clients ended with {client.returncode}")
-            result[kind] = json.loads(told)
+    server = new_server(Service(generator, "m", slots=slots, length=192, waiting=2 * clients), "127.0.0.1", 0)
+
+    def drive() -> None:
+        try:
+            while not server.started:
+                time.sleep(0.05)
+            for kind in ("whole", "whole", "streamed", "streamed"):         # the first of each captures graphs
+                command = [sys.executable, __file__, "--client", *map(str, (port_of(server), kind, clients, requests))]
+                result[kind] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        finally:
+            server.should_exit = True
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    server.run()
+    driver.join()
+    if "streamed" not in result:
+        raise SystemExit("error: the clients failed, as said above")
     return result
 
 
@@ -134,20 +146,20 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    from based_mp.config import load_config
     from based_mp.inference.model import InferenceModel
     from based_mp.model.based_model import build_model
     from based_mp.parallel import state
     from benchmarks.record import git_commit
     if not torch.cuda.is_available():
         raise SystemExit("error: needs a GPU")
-    from based_mp.config import load_config
     state.initialize(device="cuda")
     config = load_config(Path(__file__).resolve().parents[1] / "configs" / f"{args.config}.yaml")
     model = InferenceModel(build_model(config).eval(), config.model)
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": args.commit or git_commit(),
               "configuration": args.config, "slots": args.slots, "clients": args.clients, "requests": args.requests,
               "engine_tokens_per_ms": alone(model, args.slots, args.requests)}
-    record |= asyncio.run(serve(model, args.slots, args.clients, args.requests))
+    record |= serve(model, args.slots, args.clients, args.requests)
     print(json.dumps(record, indent=1))
     if args.json:
         with open(args.json, "a") as f:

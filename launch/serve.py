@@ -41,16 +41,14 @@ def main() -> None:
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed: pip install '.[serve]'")
-    import uvicorn
-
     from based_mp.parallel import state
     ranks = state.initialize(device=a.device)
     from based_mp.inference.generate import Generator
-    from based_mp.inference.server import Service, create_app
+    from based_mp.inference.server import Service, new_server
     try:
         generator = Generator.from_checkpoint(a.checkpoint, ranks)
         service = Service(generator, a.model_name, slots=a.slots, length=a.max_length, waiting=a.max_waiting)
-        uvicorn.run(create_app(service), host=a.host, port=a.port, log_level="info")
+        new_server(service, a.host, a.port).run()
     finally:
         state.destroy()
 

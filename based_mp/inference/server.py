@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -27,6 +28,9 @@ from based_mp.inference.generate import Completion, Continuation, Generator
 from based_mp.inference.sampling import Sampling
 from based_mp.inference.text import TextStream
 
+# A piece of text costs Python about 0.1 ms, which the engine waits for: one stream gets every token as it comes, many
+# get several at a time.
+SECONDS_PER_STREAM = 0.0004
 POLL_SECONDS = 0.25              # between looks whether a client that waits for its whole answer is still there
 
 
@@ -104,7 +108,10 @@ class Job:
     index: int
     run: Continuation
     events: asyncio.Queue
-    eager: bool                  # text is wanted, or stop strings are looked for, while it runs
+    streams: bool                # text is wanted while it runs
+    stops: bool                  # stop strings are looked for
+    text: str = ""               # final, and not yet sent
+    due: float = 0.0             # when what has come is to be sent
 
 
 class Scheduler:
@@ -159,7 +166,7 @@ class Scheduler:
                     commands, self._commands = self._commands, []
                 for what, job in commands:
                     self._obey(what, job)
-                events = list(self._step())
+                events = list(self._step(time.monotonic()))
                 if events:
                     self._loop.call_soon_threadsafe(self._deliver, events)
         except BaseException as error:                 # whatever it is, the clients must hear of it
@@ -174,17 +181,19 @@ class Scheduler:
         elif self._jobs.pop(id(sequence), None):
             self.engine.release(sequence, "cancelled")
 
-    def _step(self) -> Iterator[tuple[Job, str, Completion | None]]:
+    def _step(self, now: float) -> Iterator[tuple[Job, str, Completion | None]]:
         for sequence in self.engine.step():
             job = self._jobs[id(sequence)]
-            if not job.eager and sequence.finish_reason is None:
+            due = job.streams and now >= job.due
+            if not (due or job.stops or sequence.finish_reason is not None):
                 continue
-            text = job.run.advance(self.engine)
+            job.text += job.run.advance(self.engine)
             if sequence.finish_reason is not None:
                 del self._jobs[id(sequence)]
-                yield job, text, job.run.completion
-            elif text:
-                yield job, text, None
+                yield job, job.text, job.run.completion
+            elif due and job.text:
+                yield job, job.text, None
+                job.text, job.due = "", now + SECONDS_PER_STREAM * len(self._jobs)
 
     def _deliver(self, events: list[tuple[Job, str, Completion | None]]) -> None:
         for job, text, completion in events:
@@ -232,7 +241,7 @@ class Service:
             sampling = Sampling(body.max_tokens, body.temperature, body.top_k, body.top_p, seed + len(jobs))
             sequence = Sequence(ids, sampling)
             run = Continuation(sequence, TextStream(self.generator.tokenizer, ids, body.stops))
-            jobs.append(Job(len(jobs), run, events, body.stream or bool(body.stops)))
+            jobs.append(Job(len(jobs), run, events, body.stream, bool(body.stops)))
         return jobs
 
 
@@ -278,6 +287,16 @@ def create_app(service: Service) -> FastAPI:
         return await whole(service, jobs, body, request, head)
 
     return app
+
+
+def new_server(service: Service, host: str, port: int, *, log_level: str = "info") -> uvicorn.Server:
+    """A server whose `run` serves until SIGTERM or Ctrl-C. port 0: a free one, `port_of` says which."""
+    return uvicorn.Server(uvicorn.Config(create_app(service), host=host, port=port, log_level=log_level))
+
+
+def port_of(server: uvicorn.Server) -> int:
+    """Where a server that has started listens."""
+    return server.servers[0].sockets[0].getsockname()[1]
 
 
 def answer(error: Refused) -> JSONResponse:

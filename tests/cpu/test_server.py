@@ -79,6 +79,21 @@ def test_answers(generator):
     with_client(generator, test)
 
 
+@pytest.mark.parametrize("seconds, most", [(0.0, 29), (100.0, 2)])
+def test_streams_get_several_tokens_at_a_time_where_there_are_many(generator, monkeypatch, seconds, most):
+    """The first tokens, two in the first step, come at once, and so does the end."""
+    monkeypatch.setattr("based_mp.inference.server.SECONDS_PER_STREAM", seconds)
+
+    async def test(client, service):
+        body = {"model": "tiny", "prompt": "abc", "max_tokens": 30, "temperature": 0, "stream": True}
+        lines = [line async for line in (await client.post("/v1/completions", json=body)).aiter_lines() if line]
+        pieces = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-1]]
+        [alone] = generator.generate(["abc"], max_new_tokens=30)
+        assert "".join(pieces) == alone.text and len(alone.text) == 30
+        assert len(pieces) == most and len(pieces[0]) == 2
+    with_client(generator, test)
+
+
 def test_overload_is_refused_and_a_client_that_leaves_frees_its_slot(generator):
     async def test(client, service):
         long = {"model": "tiny", "prompt": "a", "max_tokens": 120, "n": 3, "stream": True, "temperature": 0}
