@@ -1,4 +1,4 @@
-// Matrix product with at most four rows, where the time is that of reading the weights. A warp makes one or two columns of the
+// Matrix product with one row or two, where the time is that of reading the weights. A warp makes one or two columns of the
 // result (with SwiGLU a gate and its value), a lane takes every 32nd vector of 16 bytes of the weight rows; the first of them are
 // on their way before the input is there, the others to the L2 cache. The input waits in shared memory as bf16;
 // where a norm is asked for, its factor of a row comes to the row's sums. In a convolution layer the two columns of a warp are an
@@ -20,17 +20,17 @@ struct Linear {
     int count;
     const int* slots;
     bf16* carry;                                 // [slots, count - 1, columns / 2]
-    int rows, columns, inner;
+    int columns, inner;
 };
 enum Kind { kPlain, kSwiglu, kConv };            // as in decode_product.cu
 constexpr int kMostTaps = 4;
 
-// C columns a warp.
+// N rows, C columns a warp.
 template <int N, bool Fp32, Kind What, int C>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant__ Linear p) {
     constexpr int Ahead = 8 / C;
     constexpr bool Paired = What != kPlain;
-    extern __shared__ __align__(16) uint4 input[];                 // [rows, inner] bf16
+    extern __shared__ __align__(16) uint4 input[];                 // [N, inner] bf16
     __shared__ float squares[N][kWarps];
     let_next_start();
     const int warp = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = p.inner / 8;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     #pragma unroll
     for (int c = 0; c < C; ++c)
         if (lane == 0 && real[c]) prefetch(from[c] + Ahead * 32, (vectors - Ahead * 32) * 16);
-    const int slot = What == kConv && lane < p.rows && real[0] ? p.slots[lane] : -1;
+    const int slot = What == kConv && lane < N && real[0] ? p.slots[lane] : -1;
     const int64_t state = (int64_t)slot * (p.count - 1) * half + warp;
     float tap[kMostTaps] = {}, window[kMostTaps - 1] = {}, offset[C] = {};
     if (slot >= 0) {                                               // the window changes in this kernel alone
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     }
     wait_for_previous();
     float before[C] = {};                                          // what lane n adds row n's result to
-    if (!Paired && p.add_to && lane < p.rows)
+    if (!Paired && p.add_to && lane < N)
         #pragma unroll
         for (int c = 0; c < C; ++c)
             if (real[c]) {
@@ -83,7 +83,6 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     for (int i = threadIdx.x; i < vectors; i += kThreads) {
         #pragma unroll
         for (int n = 0; n < N; ++n) {
-            if (n >= p.rows) break;
             float x[8];
             if (p.norm) {
                 load8<Fp32>(p.x, (int64_t)n * p.inner + i * 8, x);
@@ -114,8 +113,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
             for (int c = 0; c < C; ++c) unpack(w[c][u], f[c]);
             #pragma unroll
             for (int n = 0; n < N; ++n) {
-                if (n >= p.rows) break;
-                float x[8];
+                    float x[8];
                 unpack(input[n * vectors + i], x);
                 #pragma unroll
                 for (int c = 0; c < C; ++c)
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
             for (int d = 16; d; d /= 2) sum[c][n] += __shfl_xor_sync(~0u, sum[c][n], d);
             if (lane == n) own[c] = sum[c][n];
         }
-    if (lane >= p.rows) return;
+    if (lane >= N) return;
     if (p.norm) {
         float total = 0.f;
         #pragma unroll
@@ -166,11 +164,11 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
 
 template <int N, bool Fp32> int run(const Linear& p, int kind, void* stream) {
     auto start = [&](auto kernel, int warps) {
-        return launch(kernel, (warps + kWarps - 1) / kWarps, kThreads, (size_t)p.rows * p.inner * 2, stream, p);
+        return launch(kernel, (warps + kWarps - 1) / kWarps, kThreads, (size_t)N * p.inner * 2, stream, p);
     };
     if (kind == kSwiglu) return start(linear_kernel<N, Fp32, kSwiglu, 2>, p.columns / 2);
     if (kind == kConv) return start(linear_kernel<N, Fp32, kConv, 2>, p.columns / 2);
-    if (N <= 2 && p.columns / 2 < kFewWarps) return start(linear_kernel<N, Fp32, kPlain, 1>, p.columns);
+    if (p.columns / 2 < kFewWarps) return start(linear_kernel<N, Fp32, kPlain, 1>, p.columns);
     return start(linear_kernel<N, Fp32, kPlain, 2>, (p.columns + 1) / 2);
 }
 
@@ -178,14 +176,12 @@ extern "C" int decode_linear(const void* x, const void* weight, void* y, int kin
                              const void* bias, int fp32_residual, const void* taps, int tap_count, const int* slots, void* carry,
                              int rows, int columns, int inner, void* stream) {
     const Linear p{(const bf16*)x, (const bf16*)weight, (bf16*)y, norm != 0, eps, add_to, (const bf16*)bias,
-                   (const bf16*)taps, tap_count, slots, (bf16*)carry, rows, columns, inner};
-    if (inner % 8 || rows < 1 || rows > 4 || kind > kConv || (kind == kConv && (tap_count < 2 || tap_count > kMostTaps)))
+                   (const bf16*)taps, tap_count, slots, (bf16*)carry, columns, inner};
+    if (inner % 8 || rows < 1 || rows > 2 || kind > kConv || (kind == kConv && (tap_count < 2 || tap_count > kMostTaps)))
         return (int)cudaErrorInvalidValue;
     auto start = [&](auto fp32) {
         constexpr bool Fp32 = decltype(fp32)::value;
-        if (rows == 1) return run<1, Fp32>(p, kind, stream);
-        if (rows == 2) return run<2, Fp32>(p, kind, stream);
-        return run<4, Fp32>(p, kind, stream);
+        return rows == 1 ? run<1, Fp32>(p, kind, stream) : run<2, Fp32>(p, kind, stream);
     };
     return fp32_residual ? start(std::true_type{}) : start(std::false_type{});
 }

@@ -264,6 +264,5 @@ extern "C" int decode_product(const void* x, const void* weight, void* y, int ki
     if (inner % 8 || width % 8 || rows < 1 || splits < 1 || splits > 8 || p.chunks < splits) return (int)cudaErrorInvalidValue;
     if (rows <= 8) return run<8>(p, x, weight, stream);
     if (rows <= 16) return run<16>(p, x, weight, stream);
-    if (rows <= 32) return run<32>(p, x, weight, stream);
-    return run<64>(p, x, weight, stream);
+    return run<32>(p, x, weight, stream);
 }
