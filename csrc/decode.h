@@ -20,7 +20,7 @@ int decode_add_norm(void* residual, int fp32_residual, const void* out, const vo
                     void* stream);
 // y[:, i] = silu(x[:, i]) * x[:, width + i], x [rows, 2 width]. Any number of rows.
 int decode_swiglu(const void* x, void* y, int rows, int width, const void* residual, int d_model, float eps, void* stream);
-// y = x W^T for at most 8 rows, W [columns, inner]. norm: x is the residual stream, normalised on the way. kind 1: W is
+// y = x W^T for at most 16 rows, W [columns, inner]. norm: x is the residual stream, normalised on the way. kind 1: W is
 // [gate; value] and y [rows, columns / 2]; kind 2: W is the input of a convolution of `tap_count` taps, bias [columns], and y is its
 // step; kind 0: with add_to, y + bias goes there (residual dtype) and y is null.
 int decode_linear(const void* x, const void* weight, void* y, int kind, int norm, float eps, void* add_to,

@@ -17,7 +17,7 @@ from based_mp.inference.state import StatePool, to_device
 # Batch sizes that graphs are captured for; a step runs in the smallest that holds its rows.
 SIZES = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 # Sizes of passes over prompts. Longer ones keep the GPU busy as they are.
-TOKENS = [32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192]
+TOKENS = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192]
 PIECES = [1, 2, 3, 5, 9, 17, 33, 65]
 
 

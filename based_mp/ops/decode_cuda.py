@@ -28,7 +28,7 @@ RECENT = 16                      # tokens that the state of linear attention tak
 # Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
 # MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond, with the
 # residual addition inside, and the norm in the kernel that takes the product.
-FEW_ROWS, MOST_ROWS = 8, 32
+FEW_ROWS, MOST_ROWS = 16, 32
 # What a kernel finds the factor of every row's RMSNorm by, which the product that it takes was made without: where the
 # residual stream lies (bf16; 0: the product has the factor), its width, eps.
 Norm = tuple[int, int, float]
