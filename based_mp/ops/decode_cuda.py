@@ -25,9 +25,9 @@ __all__ = ["attention_step", "conv_run", "embed", "embed_step", "linear", "linea
 PADS_ROWS = True                 # idle rows (−1) fill a batch up to the size of a captured graph
 RESULTS_ON_HOST = True           # `sample` writes to the host's memory
 RECENT = 16                      # tokens that the state of linear attention takes in at a time (csrc/decode_taylor.cu)
-# Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, which streams weights through registers, up to
-# MOST_ROWS decode_product, on the tensor cores, both with what is around the product inside; cuBLAS beyond, with the
-# residual addition inside, and the norm in the kernel that takes the product.
+# Who makes a matrix product, by its rows: up to FEW_ROWS decode_linear, whose weights come straight to registers, up to
+# MOST_ROWS decode_product, where they come through shared memory, both with what is around the product inside; cuBLAS
+# beyond, with the residual addition inside, and the norm in the kernel that takes the product.
 FEW_ROWS, MOST_ROWS = 16, 32
 # What a kernel finds the factor of every row's RMSNorm by, which the product that it takes was made without: where the
 # residual stream lies (bf16; 0: the product has the factor), its width, eps.
