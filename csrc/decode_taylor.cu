@@ -8,8 +8,7 @@
 #include "decode_common.cuh"
 using namespace decode;
 
-constexpr int kThreads = 256, kFirst = 264;      // blocks that run at once and may have to wait for their input
-constexpr int kRecent = 16;
+constexpr int kThreads = 256, kRecent = 16;
 
 template <int F, int D>
 __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int* slots, const int* positions, const int* starts, float* kv,
@@ -25,28 +24,27 @@ __global__ void __launch_bounds__(kThreads) taylor_step(const bf16* x, const int
     const int row = blockIdx.x / heads, head = blockIdx.x % heads, slot = slots[row], thread = threadIdx.x;
     const bf16* in = x + ((int64_t)row * heads + head) * (F + Token);
     const int64_t own_head = (int64_t)slot * heads + head, state = own_head * Features;
-    if (blockIdx.x < kFirst && slot >= 0 && thread == 0) prefetch(kv + state * D, Features * D * 4);
-    wait_for_previous();
-    if (slot < 0) return;
-    // Tokens since the state was written: at the start of generation, or by this kernel.
-    const int generated = positions[slot] - starts[slot], phase = (generated + head) % kRecent, before = min(generated, phase);
-    const bool write = phase == kRecent - 1;
-    uint4* const kept = (uint4*)(recent + own_head * kRecent * Token);
-    uint4 old[Loads], newest;
-    const Unnormed<1> stream(norm, row);
-    const float own_q = thread < F ? __bfloat162float(in[thread]) : 0.f;
-    #pragma unroll
-    for (int i = 0; i < Loads; ++i)
-        if (thread + i * kThreads < before * Vectors) old[i] = kept[thread + i * kThreads];
-    if (thread < Vectors) newest = ((const uint4*)(in + F))[thread];
     const int group = thread / Columns, column = thread % Columns;
     float4* own = (float4*)(kv + state * D) + column;
     float4 s[Rows];
-    if (group < Groups)
+    if (group < Groups && slot >= 0)                                   // no kernel since the last step has changed the state
         #pragma unroll
         for (int i = 0; i < Rows; ++i)
             if (group + i * Groups < Features) s[i] = __ldcs(own + (group + i * Groups) * Columns);
-    const float own_z = thread < Features ? z[state + thread] : 0.f;
+    const float own_z = thread < Features && slot >= 0 ? z[state + thread] : 0.f;
+    // Tokens since the state was written: at the start of generation, or by this kernel.
+    const int generated = slot < 0 ? 0 : positions[slot] - starts[slot], phase = (generated + head) % kRecent, before = min(generated, phase);
+    const bool write = phase == kRecent - 1;
+    uint4* const kept = (uint4*)(recent + own_head * kRecent * Token);
+    uint4 old[Loads], newest;
+    #pragma unroll
+    for (int i = 0; i < Loads; ++i)
+        if (thread + i * kThreads < before * Vectors) old[i] = kept[thread + i * kThreads];
+    wait_for_previous();
+    if (slot < 0) return;
+    const Unnormed<1> stream(norm, row);
+    const float own_q = thread < F ? __bfloat162float(in[thread]) : 0.f;
+    if (thread < Vectors) newest = ((const uint4*)(in + F))[thread];
     const float factor = stream.factor(space);
     if (thread < F) raw[thread] = own_q * factor * root;
     uint4* const rows = (uint4*)tokens;
