@@ -46,7 +46,7 @@ def double(pending):
     return decode_torch.Pending(pending.out.double(), None if pending.bias is None else pending.bias.double())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 30, 50, 100, 128, 200, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 16, 17, 30, 50, 100, 128, 200, 300])
 def test_norms_and_products(cuda, rows):
     """A wide layer, whose products are split over clusters, and a narrow one that fills no tile."""
     for d, f, dtype in ((1792, 3584, torch.bfloat16), (72, 200, torch.bfloat16), (72, 200, torch.float32)):
@@ -72,8 +72,8 @@ def test_norms_and_products(cuda, rows):
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("rows, d, c", [(1, 128, 200), (2, 128, 200), (4, 128, 200), (33, 128, 200), (300, 128, 200),
-                                        (70, 2312, 4104), (70, 2312, 200)])
+@pytest.mark.parametrize("rows, d, c", [(1, 128, 200), (2, 128, 200), (4, 128, 200), (13, 2056, 200), (33, 128, 200),
+                                        (300, 128, 200), (70, 2312, 4104), (70, 2312, 200)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_convolution(cuda, taps, rows, d, c, dtype):
     """With the norm and the product before it, and the bias after; one row is idle."""
@@ -258,7 +258,7 @@ def decoded(model, tokens, cut, last):
     return torch.cat([*out, part(last, tokens.shape[1])], 1).float()
 
 
-@pytest.mark.parametrize("rows, length", [(3, 400), (40, 120), (90, 120)])
+@pytest.mark.parametrize("rows, length", [(3, 400), (12, 200), (40, 120), (90, 120)])
 def test_as_exact_as_the_full_forward(pair, rows, length):
     """Against fp32, prefill + decode is no worse than the bf16 forward pass."""
     module, model, exact = pair
