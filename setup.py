@@ -110,7 +110,7 @@ setup(
         "fast": ["gigatoken==0.10.0"],
         "s3": ["boto3>=1.34"],
         "ci": ["moto[server]>=5", "httpx>=0.27"],
-        "serve": ["fastapi>=0.110", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.110", "uvicorn>=0.30", "httptools>=0.6", "uvloop>=0.19"],
         "dedup": ["rensa==0.5.0"],
         "fla": ["fla-core==0.6.0"],
         "eval": ["lm-eval==0.4.13"],

@@ -3,8 +3,8 @@
     python benchmarks/serving.py [--config based_1.3b_window64] [--clients 96] [--slots 64] [--json FILE]
 
 Random weights, temperature 0.8, prompts of 16 to 100 token ids, answers of 16 to 64 tokens. Clients in a process of
-their own send one request after the other, first for whole answers, then for streams. Every answer must have all its
-tokens.
+their own send one request after the other over a connection each, first for whole answers, then for streams. Every
+answer must have all its tokens.
 """
 
 from __future__ import annotations
@@ -31,34 +31,45 @@ def request_of(i: int) -> tuple[list[int], int]:
     return prompt, ANSWERS[i % len(ANSWERS)]
 
 
-async def ask(port: int, i: int, stream: bool) -> tuple[float, float, int, int]:
+async def read_answer(reader: asyncio.StreamReader) -> tuple[float, bytes]:
+    """When the first byte of an answer's body came, and the answer."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    if length:
+        return time.perf_counter(), head + await reader.readexactly(int(length[1]))
+    first, body = 0.0, []
+    while size := int(await reader.readline(), 16):                  # in chunks
+        first = first or time.perf_counter()
+        body.append(await reader.readexactly(size + 2))
+    await reader.readexactly(2)
+    return first, head + b"".join(body)
+
+
+async def ask(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], i: int,
+              stream: bool) -> tuple[float, float, int, int]:
     """Seconds to the first byte of the answer and to its end, its tokens and the events that brought them."""
     prompt, new = request_of(i)
     body = {"model": "m", "prompt": prompt, "max_tokens": new, "temperature": 0.8, "seed": i, "stream": stream}
     if stream:
         body["stream_options"] = {"include_usage": True}
-    content = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    start, first, data = time.perf_counter(), 0.0, b""
+    content, (reader, writer), start = json.dumps(body).encode(), connection, time.perf_counter()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                 b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
-    while piece := await reader.read(1 << 16):
-        if not first and b"\r\n\r\n" in data + piece and not (data + piece).endswith(b"\r\n\r\n"):
-            first = time.perf_counter() - start
-        data += piece
-    writer.close()
+                 b"Content-Length: %d\r\n\r\n" % len(content) + content)
+    first, data = await read_answer(reader)
     tokens = int(re.search(rb'"completion_tokens": ?(\d+)', data)[1])
     if not data.startswith(b"HTTP/1.1 200") or tokens != new:
         raise SystemExit(f"error: request {i} got {tokens} tokens, not {new}: {data[:300]!r}")
-    return first, time.perf_counter() - start, tokens, data.count(b"data: ")
+    return first - start, time.perf_counter() - start, tokens, data.count(b"data: ")
 
 
 async def load(port: int, clients: int, requests: int, stream: bool) -> dict[str, float]:
     numbers, answers = iter(range(requests)), []
 
     async def client() -> None:
+        connection = await asyncio.open_connection("127.0.0.1", port)
         for i in numbers:
-            answers.append(await ask(port, i, stream))
+            answers.append(await ask(connection, i, stream))
+        connection[1].close()
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
