@@ -30,7 +30,7 @@ from based_mp.inference.text import TextStream
 
 # A piece of text costs Python about 0.1 ms, which the engine waits for: one stream gets every token as it comes, many
 # get several at a time.
-SECONDS_PER_STREAM = 0.0004
+SECONDS_PER_STREAM = 0.0006
 POLL_SECONDS = 0.25              # between looks whether a client that waits for its whole answer is still there
 
 
@@ -182,9 +182,10 @@ class Scheduler:
             self.engine.release(sequence, "cancelled")
 
     def _step(self, now: float) -> Iterator[tuple[Job, str, Completion | None]]:
-        for sequence in self.engine.step():
-            job = self._jobs[id(sequence)]
-            due = job.streams and now >= job.due
+        jobs = [self._jobs[id(sequence)] for sequence in self.engine.step()]
+        pause = SECONDS_PER_STREAM * sum(job.streams for job in jobs)
+        for job in jobs:
+            sequence, due = job.run.sequence, job.streams and now >= job.due
             if not (due or job.stops or sequence.finish_reason is not None):
                 continue
             job.text += job.run.advance(self.engine)
@@ -193,7 +194,7 @@ class Scheduler:
                 yield job, job.text, job.run.completion
             elif due and job.text:
                 yield job, job.text, None
-                job.text, job.due = "", now + SECONDS_PER_STREAM * len(self._jobs)
+                job.text, job.due = "", now + pause
 
     def _deliver(self, events: list[tuple[Job, str, Completion | None]]) -> None:
         for job, text, completion in events:
