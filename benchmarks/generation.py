@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from based_mp.config import ModelConfig, load_config
+from based_mp.evaluation import speed
 from based_mp.inference.cuda_graph import Decoder
 from based_mp.inference.engine import Engine, Sequence
 from based_mp.inference.model import InferenceModel
@@ -33,7 +34,8 @@ from based_mp.ops import backends
 from based_mp.ops.decode_cuda import RECENT
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.parallel import state
-from benchmarks.record import git_commit
+from benchmarks.record import append, git_commit
+from benchmarks.serving import LENGTH, request_of
 from benchmarks.timing import median_us
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -137,18 +139,24 @@ def step_ms(model: InferenceModel, batch: int, position: int, steps: int = 24) -
     return median_us(decoder.step, 3, calls=steps // 3) / 1e3
 
 
+def seconds_of(engine: Engine, sequences: list[Sequence]) -> float:
+    """Seconds from submitting these sequences until all have ended, when nothing else runs."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for sequence in sequences:
+        engine.submit(sequence)
+    while not engine.idle:
+        engine.step()
+    return time.perf_counter() - start
+
+
 def engine_run(model: InferenceModel, batch: int, new: int) -> float:
     """Seconds for `new` tokens of each of `batch` short prompts through the engine."""
     engine = Engine(model, EOD, slots=batch, length=new + 32)
 
     def run(tokens: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for i in range(batch):
-            engine.submit(Sequence([(i * 97 + j) % 50000 for j in range(16)], Sampling(tokens, 0.8, None, None, i)))
-        while not engine.idle:
-            engine.step()
-        return time.perf_counter() - start
+        return seconds_of(engine, [Sequence([(i * 97 + j) % 50000 for j in range(16)],
+                                            Sampling(tokens, 0.8, None, None, i)) for i in range(batch)])
     for _ in range(2):                                 # captures the graphs
         run(4)
     return run(new)
@@ -156,34 +164,20 @@ def engine_run(model: InferenceModel, batch: int, new: int) -> float:
 
 def first_token_ms(model: InferenceModel, length: int, repeats: int = 9) -> float:
     """Milliseconds from a prompt's submission until its first token is with the host, when nothing else runs."""
-    engine, took = Engine(model, EOD, slots=1, length=length + 16), []
-    for i in range(repeats):
-        sequence = Sequence([(i * 97 + j) % 50000 for j in range(length)], Sampling(1))
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        engine.submit(sequence)
-        while not engine.idle:
-            engine.step()
-        took.append(time.perf_counter() - start)
+    engine = Engine(model, EOD, slots=1, length=length + 16)
+    took = [seconds_of(engine, [Sequence([(i * 97 + j) % 50000 for j in range(length)], Sampling(1))])
+            for i in range(repeats)]
     return statistics.median(took[2:]) * 1e3
 
 
 def serving(model: InferenceModel, slots: int = 64, requests: int = 768) -> dict[str, float]:
-    """Requests of 16 to 100 prompt tokens and 16 to 64 new ones that wait for slots, host included."""
-    engine = Engine(model, EOD, slots=slots, length=192)
-
-    def run() -> tuple[float, int]:
-        sequences = [Sequence([(i * 131 + j) % 50000 for j in range(16 + i % 85)],
-                              Sampling(16 + i % 49, 0.8, None, None, i)) for i in range(requests)]
-        start = time.perf_counter()
-        for sequence in sequences:
-            engine.submit(sequence)
-        while not engine.idle:
-            engine.step()
-        return time.perf_counter() - start, sum(len(s.tokens) for s in sequences)
-    for _ in range(2):                                 # captures the graphs
-        run()
-    seconds, tokens = run()
+    """The requests of benchmarks/serving.py, all waiting for slots of the engine alone, host included."""
+    engine = Engine(model, EOD, slots=slots, length=LENGTH)
+    for _ in range(3):                                 # the first two capture the graphs
+        sequences = [Sequence(prompt, Sampling(new, 0.8, None, None, i))
+                     for i, (prompt, new) in enumerate(map(request_of, range(requests)))]
+        seconds = seconds_of(engine, sequences)
+    tokens = sum(len(s.tokens) for s in sequences)
     return {"slots": slots, "requests_per_s": requests / seconds, "tokens_per_ms": tokens / seconds / 1e3}
 
 
@@ -200,8 +194,7 @@ def sweep(kind: str, model: InferenceModel, weights: int, context: int, batches:
     """Throughput by batch size at a context length, as far as memory goes."""
     rows, memory = [], torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE
     for batch in batches:
-        one = sum(t.numel() * t.element_size() for layer in model.layers
-                  for t in layer.mixer.buffers(1, context + 64).values())
+        one = speed.state_bytes(model, context + 64)
         if weights + batch * (one + 3 * 2 * model.config.padded_vocab_size) > memory:
             break
         ms = step_ms(model, batch, context)
@@ -295,9 +288,7 @@ def main() -> None:
         _, model, _ = load("based_360m_window64")
         record["prefill_360m_8000_x_64_ms"] = prefill_ms(model, 64, 8000)
     print(json.dumps(record, indent=1))
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps(record) + "\n")
+    append(record, args.json)
     state.destroy()
 
 

@@ -11,7 +11,6 @@ microseconds. Backward is timed alone (flash-linear-attention's through autograd
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from based_mp.ops import backends, taylor_cuda
 from based_mp.ops.linear_attention import taylor_linear_attention, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_chunked, taylor_denominator
 from benchmarks import thunderkittens
-from benchmarks.record import git_commit
+from benchmarks.record import append, git_commit
 from benchmarks.timing import median_us
 
 SHAPES = [(8, 16, 2048, 64), (4, 16, 2048, 112), (2, 16, 8192, 64), (1, 16, 32768, 64), (1, 16, 2048, 64),
@@ -174,9 +173,7 @@ def main() -> None:
               {name: [f"{e:.1e}" for e in values] for name, values in found.items()})
     print(record["gpu"], commit)
     print("\n".join(lines))
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps(record) + "\n")
+    append(record, args.json)
 
 
 if __name__ == "__main__":

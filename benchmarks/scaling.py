@@ -49,7 +49,7 @@ import torch  # noqa: E402
 
 from based_mp.config import load_config  # noqa: E402
 from based_mp.estimate import memory_per_gpu, parameter_counts  # noqa: E402
-from benchmarks.record import git_commit  # noqa: E402
+from benchmarks.record import append, git_commit  # noqa: E402
 from benchmarks.train_throughput import LINE, MICRO, overrides, synthetic  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
@@ -635,9 +635,7 @@ def main() -> None:
         try:
             run(args, Place(Path(folder), gpus, bool(args.cpu), time.time() + args.budget), Report(record))
         finally:
-            if args.json:
-                with open(args.json, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+            append(record, args.json)
 
 
 def run(args: argparse.Namespace, place: Place, report: Report) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PROMPTS, ANSWERS = range(16, 101), range(16, 65)
+PROMPTS, ANSWERS, LENGTH = range(16, 101), range(16, 65), 192     # tokens; the most of both
 
 
 def request_of(i: int) -> tuple[list[int], int]:
@@ -82,23 +82,6 @@ async def load(port: int, clients: int, requests: int, stream: bool) -> dict[str
     return result
 
 
-def alone(model, slots: int, requests: int) -> float:
-    """Tokens a millisecond of the engine with all requests waiting."""
-    from based_mp.inference.engine import Engine, Sequence
-    from based_mp.inference.sampling import Sampling
-    engine, took = Engine(model, -1, slots=slots, length=192), []
-    for _ in range(3):                                 # the first two capture the graphs
-        start, tokens = time.perf_counter(), 0
-        for i in range(requests):
-            prompt, new = request_of(i)
-            engine.submit(Sequence(prompt, Sampling(new, 0.8, None, None, i)))
-            tokens += new
-        while not engine.idle:
-            engine.step()
-        took.append(tokens / (time.perf_counter() - start) / 1e3)
-    return took[-1]
-
-
 class Words:
     """A tokenizer with a word of letters for every id, decoded by the library that real ones are decoded by."""
 
@@ -121,7 +104,7 @@ def serve(model, slots: int, clients: int, requests: int) -> dict[str, object]:
     from based_mp.inference.generate import Generator
     from based_mp.inference.server import Service, new_server, port_of
     generator, result = Generator(model, Words(model.config.vocab_size)), {}
-    server = new_server(Service(generator, "m", slots=slots, length=192, waiting=2 * clients), "127.0.0.1", 0)
+    server = new_server(Service(generator, "m", slots=slots, length=LENGTH, waiting=2 * clients), "127.0.0.1", 0)
 
     def drive() -> None:
         try:
@@ -157,24 +140,19 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from based_mp.config import load_config
-    from based_mp.inference.model import InferenceModel
-    from based_mp.model.based_model import build_model
     from based_mp.parallel import state
-    from benchmarks.record import git_commit
+    from benchmarks import generation
+    from benchmarks.record import append, git_commit
     if not torch.cuda.is_available():
         raise SystemExit("error: needs a GPU")
     state.initialize(device="cuda")
-    config = load_config(Path(__file__).resolve().parents[1] / "configs" / f"{args.config}.yaml")
-    model = InferenceModel(build_model(config).eval(), config.model)
+    _, model, _ = generation.load(args.config)
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": args.commit or git_commit(),
               "configuration": args.config, "slots": args.slots, "clients": args.clients, "requests": args.requests,
-              "engine_tokens_per_ms": alone(model, args.slots, args.requests)}
+              "engine_tokens_per_ms": generation.serving(model, args.slots, args.requests)["tokens_per_ms"]}
     record |= serve(model, args.slots, args.clients, args.requests)
     print(json.dumps(record, indent=1))
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps(record) + "\n")
+    append(record, args.json)
     state.destroy()
 
 

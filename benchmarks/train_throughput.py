@@ -16,7 +16,6 @@ the rate of an 8192³ bf16 matrix product measured in this run. First step: seco
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -36,7 +35,7 @@ sys.path.insert(0, str(REPO))
 
 from based_mp.config import load_config  # noqa: E402
 from based_mp.estimate import GIB, flops_per_token, memory_per_gpu  # noqa: E402
-from benchmarks.record import git_commit  # noqa: E402
+from benchmarks.record import append, git_commit  # noqa: E402
 from benchmarks.timing import matmul_rate  # noqa: E402
 from data_prep.indexed import write_index  # noqa: E402
 
@@ -273,9 +272,7 @@ def run(args: argparse.Namespace, data: str, cache: str) -> None:
             print(f"| {name} | {row['micro_batch']} × {length} | {row['tokens_per_second']:,.0f} | {row['mfu']:.3f} | "
                   f"{row['memory_gib']:.1f} | {row['data_wait_percent']:.2f}% | {row['first_step_seconds']:.0f} s |",
                   flush=True)
-    if args.json:
-        with open(args.json, "a") as file:
-            file.write(json.dumps(record) + "\n")
+    append(record, args.json)
 
 
 if __name__ == "__main__":
