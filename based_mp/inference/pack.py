@@ -116,7 +116,7 @@ class FixedPack:
                           layout.slots[layout.piece], layout.slots, layout.bounds[1:] - 1])
         narrow = torch.cat([layout.bounds, layout.ends]).int()
         for buffer, new in ((self._wide, wide), (self._narrow, narrow)):
-            buffer.copy_(new.pin_memory() if buffer.is_cuda else new, non_blocking=True)
+            buffer[:] = to_device(new, buffer.device)
         self.__dict__.pop("rotation", None)
         self._kept: dict[int, Kept] = {}
 

@@ -109,7 +109,6 @@ class Job:
     run: Continuation
     events: asyncio.Queue
     streams: bool                # text is wanted while it runs
-    stops: bool                  # stop strings are looked for
     text: str = ""               # final, and not yet sent
     due: float = 0.0             # when what has come is to be sent
 
@@ -166,7 +165,7 @@ class Scheduler:
                     commands, self._commands = self._commands, []
                 for what, job in commands:
                     self._obey(what, job)
-                events = list(self._step(time.monotonic()))
+                events = list(self._step())
                 if events:
                     self._loop.call_soon_threadsafe(self._deliver, events)
         except BaseException as error:                 # whatever it is, the clients must hear of it
@@ -181,12 +180,13 @@ class Scheduler:
         elif self._jobs.pop(id(sequence), None):
             self.engine.release(sequence, "cancelled")
 
-    def _step(self, now: float) -> Iterator[tuple[Job, str, Completion | None]]:
+    def _step(self) -> Iterator[tuple[Job, str, Completion | None]]:
+        now = time.monotonic()
         jobs = [self._jobs[id(sequence)] for sequence in self.engine.step()]
         pause = SECONDS_PER_STREAM * sum(job.streams for job in jobs)
         for job in jobs:
             sequence, due = job.run.sequence, job.streams and now >= job.due
-            if not (due or job.stops or sequence.finish_reason is not None):
+            if not (due or job.run.text.stop or sequence.finish_reason is not None):
                 continue
             job.text += job.run.advance(self.engine)
             if sequence.finish_reason is not None:
@@ -242,7 +242,7 @@ class Service:
             sampling = Sampling(body.max_tokens, body.temperature, body.top_k, body.top_p, seed + len(jobs))
             sequence = Sequence(ids, sampling)
             run = Continuation(sequence, TextStream(self.generator.tokenizer, ids, body.stops))
-            jobs.append(Job(len(jobs), run, events, body.stream, bool(body.stops)))
+            jobs.append(Job(len(jobs), run, events, body.stream))
         return jobs
 
 
