@@ -81,32 +81,36 @@ class Decoder:
 class Prefiller:
     """Puts prompts into slots, as `InferenceModel.prefill` does.
 
-    Where the CUDA kernels run the model, few tokens that start documents are filled up to a pass of TOKENS × PIECES
-    and, unless graphs are turned off, replayed from a graph that is captured when a size comes for the second time.
+    Where the CUDA kernels run the model, few tokens are filled up to a pass of TOKENS × PIECES and, unless graphs are
+    turned off, replayed from a graph that is captured when a size comes for the second time: one for passes whose
+    pieces all start documents, one for others, which full attention does not have.
     """
 
     def __init__(self, model: InferenceModel, pool: StatePool, *, graphs: bool = True) -> None:
         self.model, self.pool, self.graphs = model, pool, graphs
         self.fills = model.ops.PADS_ROWS and model.capturable
-        self._packs: dict[tuple[int, int], FixedPack] = {}
-        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._packs: dict[tuple[int, int, bool], FixedPack] = {}
+        self._captured: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle() if self.fills and graphs else None
 
     def run(self, tokens: list[list[int]], slots: list[int], starts: list[int]) -> Tensor:
         """Logits after each piece, as `InferenceModel.prefill` returns them; the next call may change them."""
-        size = self._size(tokens) if self.fills and not any(starts) else None
+        fresh = not any(starts)
+        size = self._size(tokens) if self.fills and (fresh or self.model.continuable) else None
         if size is None:
             return self.model.prefill(self.pool, tokens, slots, starts)
-        seen = size in self._packs
+        key = *size, fresh
+        seen = key in self._packs
         if not seen:
-            self._packs[size] = FixedPack(self.pool, *size, self.model.rotate)
-        pack = self._packs[size]
-        pack.load(tokens, slots)
+            window = self.model.config.window if "sliding_attention" in self.model.config.mixers else None
+            self._packs[key] = FixedPack(self.pool, *size, self.model.rotate, fresh=fresh, window=window)
+        pack = self._packs[key]
+        pack.load(tokens, slots, starts)
         if not (seen and self.graphs):
             return self.model.run(pack, pack.ids)[: len(tokens)]
-        if size not in self._captured:
-            self._captured[size] = _capture(lambda: self.model.run(pack, pack.ids), self._memory)
-        graph, logits = self._captured[size]
+        if key not in self._captured:
+            self._captured[key] = _capture(lambda: self.model.run(pack, pack.ids), self._memory)
+        graph, logits = self._captured[key]
         graph.replay()
         return logits[: len(tokens)]
 

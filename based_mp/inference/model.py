@@ -27,7 +27,7 @@ from based_mp.model.mixer import RowMixer
 from based_mp.ops import backends
 from based_mp.ops.decode_torch import Pending
 from based_mp.ops.fused.rotary_attention import rope_frequency
-from based_mp.ops.linear_attention import log_decay, taylor_linear_attention_qkv
+from based_mp.ops.linear_attention import TaylorState, log_decay, taylor_linear_attention_qkv
 from based_mp.ops.reference import taylor_feature_dim
 from based_mp.ops.window_attention import causal_attention
 
@@ -36,7 +36,8 @@ from based_mp.ops.window_attention import causal_attention
 Stream = tuple[Tensor, Any, float]
 # What a mixer makes of it: the input of its output product, and the bias which is to be added to that.
 Mixed = tuple[Tensor, Tensor | None]
-# Mixers have `capturable`: whether their `prefill` of a FixedPack waits for nothing, as in a CUDA graph.
+# Mixers have `capturable`: whether their `prefill` of a FixedPack that is fresh, and of one that is not, waits for
+# nothing, as in a CUDA graph.
 
 
 @dataclass
@@ -48,13 +49,18 @@ class Rows:
     rotation: Tensor
 
 
+def _of_seen(pack: AnyPack, states: Tensor) -> Tensor:
+    """States [pieces, …] out of the slots; zeros for pieces that start documents, whatever lay there."""
+    return states.where(pack.seen.view(-1, *[1] * (states.dim() - 1)), 0)
+
+
 class ConvMixer:
     """Gated short convolution. Its state: the last taps − 1 inputs of the convolution."""
 
     def __init__(self, w: dict[str, Tensor], ops: object) -> None:
         self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.bias, self.conv, self.out_bias, self.ops = w["linear_in.bias"], w["conv_weight"], w["out_bias"], ops
-        self.capturable = backends.gated_conv_backend(self.conv, self.conv, None) == "cuda"
+        self.capturable = (backends.gated_conv_backend(self.conv, self.conv, None) == "cuda",) * 2
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         channels, taps = self.conv.shape
@@ -65,7 +71,7 @@ class ConvMixer:
 
     def prefill(self, stream: Stream, pack: AnyPack, carry: Tensor) -> Mixed:
         x = self.ops.norm_linear(*stream, self.linear_in)
-        before = None if pack.fresh else carry[pack.slots]
+        before = None if pack.fresh else _of_seen(pack, carry[pack.slots])
         y, carry[pack.slots] = self.ops.conv_run(x, self.bias, self.conv, pack.bounds, before)
         return y, self.out_bias
 
@@ -84,7 +90,7 @@ class TaylorMixer:
         if config.decay_exponent is not None:
             self.decay = torch.tensor(log_decay(config.decay_exponent, tp_rank * self.heads, self.heads),
                                       device=self.linear_in.device)
-        self.capturable = self.decay is None
+        self.capturable = (self.decay is None,) * 2
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         features = taylor_feature_dim(self.feature_dim)
@@ -105,7 +111,8 @@ class TaylorMixer:
         f, qkv = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None
         if not pack.fresh:
-            before = self.ops.settled(pack.pool, pack.slots, kv, z, recent, self.decay, f)
+            settled = self.ops.settled(pack.pool, pack.slots, kv, z, recent, self.decay, f)
+            before = TaylorState(*(_of_seen(pack, x) for x in settled))
         o, after = taylor_linear_attention_qkv(qkv, f, decay=self.decay, initial_state=before, return_state=True,
                                                cu_seqlens=pack.bounds)
         kv[pack.slots], z[pack.slots] = after.kv, after.z
@@ -115,12 +122,11 @@ class TaylorMixer:
 class SoftmaxMixer:
     """Softmax attention with RoPE. Its state: a ring of the window's keys and values, or of all of them."""
 
-    capturable = True
-
     def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, window: int | None,
                  tp_size: int) -> None:
         self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.ops, self.window, self.head_dim = ops, window, config.head_dim
+        self.capturable = True, window is not None         # all earlier keys have no size that is known before
         self.heads, self.padded = config.num_heads // tp_size, -(-config.head_dim // 8) * 8
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
@@ -144,27 +150,21 @@ class SoftmaxMixer:
             buffer[slots, :, ring] = new if tokens is None else new[tokens]
         return o[0, :, :, : self.head_dim].flatten(1), None
 
-    def _continue(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, keys: Tensor, values: Tensor) -> Tensor:
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, pack: AnyPack, keys: Tensor, values: Tensor) -> Tensor:
         """Every piece after the keys that its first token still sees."""
-        capacity = keys.shape[2]
-        history = [start if self.window is None else min(start, self.window - 1) for start in pack.starts]
-        parts: list[list[Tensor]] = [[], []]
-        pieces = zip(pack.slot_list, pack.starts, history, k.split(pack.lengths), v.split(pack.lengths), strict=True)
-        for slot, start, n, *new in pieces:
-            ring = torch.arange(start - n, start, device=q.device) % capacity
-            for part, buffer, own in zip(parts, (keys, values), new, strict=True):
-                part += [buffer[slot][:, ring].transpose(0, 1), own]
-        totals = [n + own for n, own in zip(history, pack.lengths, strict=True)]
-        bounds = to_device(torch.tensor([0, *totals]).cumsum(0).int(), q.device)
-        return causal_attention(q[None], torch.cat(parts[0])[None], torch.cat(parts[1])[None], window=self.window,
-                                cu_seqlens=pack.bounds, cu_seqlens_k=bounds,
-                                longest=(pack.longest, max(totals)))
+        context, whole = pack.context(keys.shape[2], self.window), []
+        for buffer, own in ((keys, k), (values, v)):
+            both = own.new_empty(len(context.before) + len(own), *own.shape[1:])
+            both[context.before], both[context.own] = buffer[context.slots, :, context.places], own
+            whole.append(both[None])
+        return causal_attention(q[None], *whole, window=self.window, cu_seqlens=pack.bounds,
+                                cu_seqlens_k=context.bounds, longest=(pack.longest, context.longest))
 
 
 class ModuleMixer:
     """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
 
-    capturable = False
+    capturable = False, False
 
     def __init__(self, module: RowMixer, norm: Tensor, ops: object, dtype: torch.dtype) -> None:
         self.module, self.norm, self.ops, self.dtype = module, norm, ops, dtype
@@ -181,18 +181,19 @@ class ModuleMixer:
 
     def step(self, stream: Stream, rows: Rows, **buffers: Tensor) -> Mixed:
         x = self._project(stream)
-        return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], rows.slots.long(), buffers), None
+        slots = rows.slots.long()
+        return self._on_rows(lambda state: self.module.run(x[None], state, None)[0], slots, buffers,
+                             {name: buffer[slots] for name, buffer in buffers.items()}), None
 
     def prefill(self, stream: Stream, pack: Pack, **buffers: Tensor) -> Mixed:
         x = self._project(stream)
-        if pack.fresh:
-            for buffer in buffers.values():
-                buffer[pack.slots] = 0
+        rows = {name: _of_seen(pack, buffer[pack.slots]) for name, buffer in buffers.items()}
         return self._on_rows(lambda state: self.module.run_packed(x[:, None], state, pack.bounds)[:, 0], pack.slots,
-                             buffers), None
+                             buffers, rows), None
 
-    def _on_rows(self, run: Callable[[Any], Tensor], slots: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-        state = self.kind(**{name: buffer[slots] for name, buffer in buffers.items()})
+    def _on_rows(self, run: Callable[[Any], Tensor], slots: Tensor, buffers: dict[str, Tensor],
+                 rows: dict[str, Tensor]) -> Tensor:
+        state = self.kind(**rows)
         y = run(state)
         for name, buffer in buffers.items():
             buffer[slots] = getattr(state, name).to(buffer.dtype)
@@ -235,7 +236,7 @@ class InferenceModel:
         half = int(config.head_dim * config.rotary_fraction) // 2
         self.frequency = rope_frequency(half, config.rotary_base, self.device)
         self.rotate = partial(self.ops.rotations, frequency=self.frequency)
-        self.capturable = all(layer.mixer.capturable for layer in self.layers)
+        self.capturable, self.continuable = (all(layer.mixer.capturable[i] for layer in self.layers) for i in range(2))
 
     def _layer(self, w: dict[str, Tensor], prefix: str, kind: str, module: torch.nn.Module) -> Layer:
         inner = prefix + "self_attention."
@@ -278,9 +279,6 @@ class InferenceModel:
         every token [all tokens, padded vocab] instead.
         """
         pack = Pack(pool, slots, starts, [len(piece) for piece in tokens], self.rotate)
-        empty = [slot for slot, start in zip(slots, starts, strict=True) if start == 0]
-        if empty and not pack.fresh:
-            pool.reset(empty)
         return self.run(pack, to_device(flatten(tokens), self.device), every=every)
 
     @torch.no_grad()

@@ -120,27 +120,40 @@ def test_ragged_batch_equals_each_alone(model, prefill_tokens):
                                    atol=1e-4)
 
 
-def test_prompts_in_passes_of_fixed_sizes(model):
-    """Give what they give alone, in slots that held others, and leave the other slots as they were."""
+def test_prompts_in_passes_of_fixed_sizes(model, monkeypatch):
+    """Give what they give alone, in slots that held others, and leave the other slots as they were; so does what
+    continues them, beside prompts that start documents, unless attention is to all earlier keys."""
+    continues = all(getattr(layer.mixer, "window", 0) is not None for layer in model.layers)
+    monkeypatch.setattr(model, "continuable", continues)
     prefiller = Prefiller(model, model.new_pool(4, 256), graphs=False)
     prefiller.fills, pool, alone = True, prefiller.pool, model.new_pool(1, 256)
-    sizes = set()
-    for lengths in ((31,), (30,), (1, 130, 20), (2, 5, 90), (32,), (3, 26, 1), (5, 26)):
+    packs, seen, text = set(), [0] * 4, [[] for _ in range(4)]
+    for lengths, again in (((31,), ()), ((30,), ()), ((1, 130, 20), ()), ((2, 5, 90), ()), ((32,), (2,)),
+                           ((3, 26, 1), (2, 3)), ((5, 26), ()), ((7, 9, 1), (2, 0, 3)), ((40, 17, 3), (0,))):
         prompts, slots = [prompt_of(n) for n in lengths], [2, 0, 3][: len(lengths)]
+        for slot, prompt in zip(slots, prompts, strict=True):
+            text[slot] = [*(text[slot] if slot in again else []), *prompt]
+            seen[slot] = len(text[slot]) - len(prompt)
         rest = [slot for slot in range(4) if slot not in slots]
         before = [t[rest].clone() for layer in pool.states for t in layer.values()]
-        logits = prefiller.run(prompts, slots, [0] * len(slots))
-        sizes.add(prefiller._size(prompts))
+        logits = prefiller.run(prompts, slots, [seen[slot] for slot in slots])
+        if continues or not again:
+            packs.add((*prefiller._size(prompts), not again))
         after = [t[rest] for layer in pool.states for t in layer.values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        for slot, prompt, own in zip(slots, prompts, logits, strict=True):
-            torch.testing.assert_close(own, model.prefill(alone, [prompt], [0], [0])[0], rtol=1e-4, atol=1e-4)
+        for slot, own in zip(slots, logits, strict=True):
+            torch.testing.assert_close(own, model.prefill(alone, [text[slot]], [0], [0])[0], rtol=1e-4, atol=1e-4)
             both = []
             for at, p in ((slot, pool), (0, alone)):
                 p.tokens[at] = 7
                 both.append(model.step(p, torch.tensor([at], dtype=torch.int32)))
             torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
-    assert sizes == {(32, 2), (192, 5), (128, 5), (32, 1), (32, 3), (32, 5)} and prefiller._packs.keys() == sizes
+            text[slot] = [*text[slot], 7]
+            pool.positions[slot] += 1
+            pool.starts[slot] += 1
+    assert prefiller._packs.keys() == packs
+    assert packs >= {(32, 2, True), (192, 5, True), (128, 5, True), (32, 3, True)}
+    assert packs >= {(32, 1, False), (32, 5, False), (64, 5, False)} or not continues
     assert prefiller._size([[1] * 8193]) is prefiller._size([[1]] * 65) is None
 
 
