@@ -162,10 +162,12 @@ def engine_run(model: InferenceModel, batch: int, new: int) -> float:
     return run(new)
 
 
-def first_token_ms(model: InferenceModel, length: int, repeats: int = 9) -> float:
-    """Milliseconds from a prompt's submission until its first token is with the host, when nothing else runs."""
-    engine = Engine(model, EOD, slots=1, length=length + 16)
-    took = [seconds_of(engine, [Sequence([(i * 97 + j) % 50000 for j in range(length)], Sampling(1))])
+def first_token_ms(model: InferenceModel, length: int, after: int = 0, repeats: int = 9) -> float:
+    """Milliseconds from a prompt's submission until its first token is with the host, when nothing else runs; after: a
+    saved state of so many tokens, which the prompt continues."""
+    engine = Engine(model, EOD, slots=1, length=after + length + 16)
+    state = engine.state_of([j % 50000 for j in range(after)]) if after else None
+    took = [seconds_of(engine, [Sequence([(i * 97 + j) % 50000 for j in range(length)], Sampling(1), state)])
             for i in range(repeats)]
     return statistics.median(took[2:]) * 1e3
 
@@ -251,9 +253,10 @@ def measure(kind: str, name: str, quick: bool) -> dict[str, object]:
     free()
     say(kind, "prefill 4096 x 16:", result["prefill_4096_x_16_ms"], "ms")
     result["first_token_ms"] = {length: first_token_ms(model, length) for length in (16, 512, 4096)}
+    result["first_token_after_state_ms"] = first_token_ms(model, 16, after=4096)
     result["serving"] = serving(model)
     free()
-    say(kind, json.dumps({k: result[k] for k in ("first_token_ms", "serving")}))
+    say(kind, json.dumps({k: result[k] for k in ("first_token_ms", "first_token_after_state_ms", "serving")}))
     result["sweep_4096"] = sweep(kind, model, weights, 4096, (QUICK if quick else BATCHES)[kind])
     return result
 

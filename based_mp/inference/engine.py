@@ -184,21 +184,29 @@ class Engine:
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """Put the states and prompts of sequences into their slots. Returns the logits after each [n, padded vocab].
 
-        What is given several times runs once and is copied.
+        What is given several times, states too, is put there once and copied.
         """
         same = _leaders(sequences)
         after: list[Tensor | None] = [None] * len(sequences)
         left = []                                      # (sequence, tokens to run, tokens seen)
+        written: dict[int, int] = {}                   # slots of states that several sequences may continue
+        forks = []
         for i in dict.fromkeys(same):
             sequence = sequences[i]
             seen, prompt = 0, sequence.prompt
             if sequence.state is not None:
-                self.pool.write(sequence.slot, sequence.state)
+                source = written.setdefault(id(sequence.state), sequence.slot)
+                if source == sequence.slot:
+                    self.pool.write(source, sequence.state)
+                else:
+                    forks.append((source, sequence.slot))
                 seen, after[i] = sequence.state.position, sequence.state.logits.to(self.model.device)
             elif not prompt:
                 prompt = [self.eod]                    # an empty prompt starts a document
             if prompt:
                 left.append((i, prompt, seen))
+        if forks:
+            self.pool.copy(*zip(*forks, strict=True))
         while left:
             pieces, budget, rest = [], self.prefill_tokens, []
             for i, prompt, seen in left:

@@ -319,3 +319,26 @@ def test_ragged_batch_equals_each_alone(pair):
     for i, prompt in enumerate(prompts):
         alone = Engine(model, 0, slots=1, length=512)
         assert error(logits[i], alone.prefill([Sequence(prompt, Sampling(), slot=0)])[0]) < 2e-2
+
+
+def test_prompts_after_states_are_graphs_too(pair):
+    """What continues a state, beside a prompt that starts a document: as eager bitwise, and as the whole text alone."""
+    from based_mp.inference.engine import Engine, Sequence
+    from based_mp.inference.sampling import Sampling
+    model, start = pair[1], torch.randint(1, 120, (90,)).tolist()
+    ends = [torch.randint(1, 120, (n,)).tolist() for n in (1, 17, 5, 30, 2)]
+    results = []
+    for graphs in (False, True):
+        engine = Engine(model, 0, slots=5, length=512, graphs=graphs)
+        state = engine.state_of(start)
+        for _ in range(3):                             # the second time is captured, the third replayed
+            sequences = [Sequence(end, Sampling(), state if i != 2 else None, slot=i) for i, end in enumerate(ends)]
+            logits = engine.prefill(sequences).clone()
+        results.append(logits)
+        assert ((64, 9, False) in engine.prefiller._packs) == model.continuable
+        assert ((64, 9, False) in engine.prefiller._captured) == (graphs and model.continuable)
+    assert torch.equal(*results)
+    for i, end in enumerate(ends):
+        alone = Engine(model, 0, slots=1, length=512)
+        text = end if i == 2 else start + end
+        assert error(results[0][i], alone.prefill([Sequence(text, Sampling(), slot=0)])[0]) < 2e-2

@@ -166,6 +166,10 @@ def test_states_are_forked_saved_and_continued(generator, tmp_path):
     whole = SequenceState.load(tmp_path / "state.pt")
     assert [c.tokens for c in generator.generate([[]] * 3, states=[whole] * 3, **options)] == fresh
     assert [c.tokens for c in generator.generate([prompt[20:]] * 3, states=[first] * 3, **options)] == fresh
+    ends = [prompt[20:], prompt[20:23], prompt[20:29]]                # of one state, and beside a text of its own
+    apart = [generator.generate([prompt[:20] + end], max_new_tokens=15)[0].tokens for end in ends]
+    texts, states = [*ends[:2], prompt[:20] + ends[2]], [first, first, None]
+    assert [c.tokens for c in generator.generate(texts, states=states, max_new_tokens=15)] == apart
 
 
 def test_state_of_another_model_is_refused(generator, tmp_path):
