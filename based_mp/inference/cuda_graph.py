@@ -83,7 +83,7 @@ class Prefiller:
 
     Where the CUDA kernels run the model, few tokens are filled up to a pass of TOKENS × PIECES and, unless graphs are
     turned off, replayed from a graph that is captured when a size comes for the second time: one for passes whose
-    pieces all start documents, one for others, which full attention does not have.
+    pieces all start documents, one for others, which full attention does not have. No slot has generated anything yet.
     """
 
     def __init__(self, model: InferenceModel, pool: StatePool, *, graphs: bool = True) -> None:

@@ -111,8 +111,9 @@ class TaylorMixer:
         f, qkv = self.feature_dim, x[None].unflatten(-1, (self.heads, -1))
         before = None
         if not pack.fresh:
-            settled = self.ops.settled(pack.pool, pack.slots, kv, z, recent, self.decay, f)
-            before = TaylorState(*(_of_seen(pack, x) for x in settled))
+            state = (kv[pack.slots], z[pack.slots]) if pack.settled else \
+                self.ops.settled(pack.pool, pack.slots, kv, z, recent, self.decay, f)
+            before = TaylorState(*(_of_seen(pack, x) for x in state))
         o, after = taylor_linear_attention_qkv(qkv, f, decay=self.decay, initial_state=before, return_state=True,
                                                cu_seqlens=pack.bounds)
         kv[pack.slots], z[pack.slots] = after.kv, after.z

@@ -83,7 +83,10 @@ class Pack:
     slots, starts, lengths: of each piece its slot, the tokens that its slot has seen, its own tokens.
     On the device: slots [pieces]; bounds int32 [pieces + 1]; last, the last token of every piece; ends int32, what
     every slot has seen after the pack. fresh: all pieces start documents; seen: bool [pieces], which of them do not.
+    settled: whether states have taken in all that their slots have seen, for none has generated anything since.
     """
+
+    settled = False
 
     def __init__(self, pool: StatePool, slots: list[int], starts: list[int], lengths: list[int],
                  rotate: Rotate) -> None:
@@ -138,9 +141,11 @@ class Pack:
 class FixedPack:
     """As `Pack`, always of `tokens` tokens in `pieces` pieces, at addresses that stay.
 
-    `load` fills it; pieces that are missing are of the pool's spare slot. fresh: all pieces start documents; else
-    window is that of attention, if there is any.
+    `load` fills it; pieces that are missing are of the pool's spare slot. fresh: all pieces start documents; else their
+    slots have generated nothing, and window is that of attention, if there is any.
     """
+
+    settled = True
 
     def __init__(self, pool: StatePool, tokens: int, pieces: int, rotate: Rotate, *, fresh: bool = True,
                  window: int | None = None) -> None:
