@@ -152,15 +152,16 @@ class FixedPack:
         device = pool.positions.device
         self.pool, self.fresh, self.longest, self._pieces, self._rotate = pool, fresh, tokens, pieces, rotate
         self._window = None if fresh else window
-        room = pieces * (self._window - 1) if self._window else 0      # for earlier keys
-        wide = [tokens] * 4 + [pieces] * 3 + ([room] * 3 + [tokens] if room else [])
-        narrow = [pieces + 1, pieces] + ([pieces + 1] if room else [])
+        wide, narrow = [tokens] * 4 + [pieces] * 3, [pieces + 1, pieces]
+        if self._window:
+            wide += [pieces * (self._window - 1)] * 3 + [tokens]       # earlier keys and the pack's own
+            narrow += [pieces + 1]
         self._wide = torch.zeros(sum(wide), dtype=torch.int64, device=device)
         self._narrow = torch.zeros(sum(narrow), dtype=torch.int32, device=device)
         self.ids, self._positions, self._ends, self._slots, self.slots, self.last, self._starts, *where = \
             self._wide.split(wide)
         self.bounds, self.ends, *bounds = self._narrow.split(narrow)
-        self._context = Context(*where, *bounds, tokens + self._window - 1) if room else None
+        self._context = Context(*where, *bounds, tokens + self._window - 1) if self._window else None
 
     def load(self, tokens: list[list[int]], slots: list[int], starts: list[int]) -> None:
         """The prompts of these slots: all tokens in all pieces, or fewer, with idle pieces for the rest."""
