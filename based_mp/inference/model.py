@@ -36,8 +36,7 @@ from based_mp.ops.window_attention import causal_attention
 Stream = tuple[Tensor, Any, float]
 # What a mixer makes of it: the input of its output product, and the bias which is to be added to that.
 Mixed = tuple[Tensor, Tensor | None]
-# Mixers have `capturable`: whether their `prefill` of a FixedPack that is fresh, and of one that is not, waits for
-# nothing, as in a CUDA graph.
+# Mixers have `capturable`: whether their `prefill` of a FixedPack waits for nothing, as in a CUDA graph.
 
 
 @dataclass
@@ -60,7 +59,7 @@ class ConvMixer:
     def __init__(self, w: dict[str, Tensor], ops: object) -> None:
         self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.bias, self.conv, self.out_bias, self.ops = w["linear_in.bias"], w["conv_weight"], w["out_bias"], ops
-        self.capturable = (backends.gated_conv_backend(self.conv, self.conv, None) == "cuda",) * 2
+        self.capturable = backends.gated_conv_backend(self.conv, self.conv, None) == "cuda"
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         channels, taps = self.conv.shape
@@ -90,7 +89,7 @@ class TaylorMixer:
         if config.decay_exponent is not None:
             self.decay = torch.tensor(log_decay(config.decay_exponent, tp_rank * self.heads, self.heads),
                                       device=self.linear_in.device)
-        self.capturable = (self.decay is None,) * 2
+        self.capturable = self.decay is None
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
         features = taylor_feature_dim(self.feature_dim)
@@ -123,11 +122,12 @@ class TaylorMixer:
 class SoftmaxMixer:
     """Softmax attention with RoPE. Its state: a ring of the window's keys and values, or of all of them."""
 
+    capturable = True
+
     def __init__(self, w: dict[str, Tensor], ops: object, config: ModelConfig, window: int | None,
                  tp_size: int) -> None:
         self.linear_in, self.linear_out = w["linear_in.weight"], w["linear_out.weight"]
         self.ops, self.window, self.head_dim = ops, window, config.head_dim
-        self.capturable = True, window is not None         # all earlier keys have no size that is known before
         self.heads, self.padded = config.num_heads // tp_size, -(-config.head_dim // 8) * 8
 
     def buffers(self, slots: int, length: int) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class SoftmaxMixer:
 class ModuleMixer:
     """GLA, Mamba, H3, Hyena or RWKV: the training module itself, on rows taken out of the slots and put back."""
 
-    capturable = False, False
+    capturable = False
 
     def __init__(self, module: RowMixer, norm: Tensor, ops: object, dtype: torch.dtype) -> None:
         self.module, self.norm, self.ops, self.dtype = module, norm, ops, dtype
@@ -237,7 +237,10 @@ class InferenceModel:
         half = int(config.head_dim * config.rotary_fraction) // 2
         self.frequency = rope_frequency(half, config.rotary_base, self.device)
         self.rotate = partial(self.ops.rotations, frequency=self.frequency)
-        self.capturable, self.continuable = (all(layer.mixer.capturable[i] for layer in self.layers) for i in range(2))
+        self.capturable = all(layer.mixer.capturable for layer in self.layers)
+        attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, SoftmaxMixer)]
+        # A pack that is not fresh too: without a window, earlier keys have no size that is known before.
+        self.continuable = self.capturable and all(mixer.window is not None for mixer in attention)
 
     def _layer(self, w: dict[str, Tensor], prefix: str, kind: str, module: torch.nn.Module) -> Layer:
         inner = prefix + "self_attention."
